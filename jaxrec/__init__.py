@@ -1,0 +1,1 @@
+"""Sequence recommenders: trained with JAX, served as one Flax model."""

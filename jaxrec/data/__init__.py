@@ -1,0 +1,1 @@
+"""Readers, splits, samplers and packed jagged batches."""

@@ -1,0 +1,1 @@
+"""Thin Flax (NNX) modules: parameters, and one call into a pure function."""

@@ -1,0 +1,1 @@
+"""Retrieval as one model: filters, indexes, retriever, publishing."""

@@ -1,0 +1,1 @@
+"""GPU kernels for recommenders, each with an XLA reference."""
