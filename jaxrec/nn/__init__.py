@@ -1,1 +1,6 @@
 """Thin Flax (NNX) modules: parameters, and one call into a pure function."""
+
+from jaxrec.nn.hstu import HSTU as HSTU
+from jaxrec.nn.hstu import HSTUConfig as HSTUConfig
+from jaxrec.nn.sasrec import SASRec as SASRec
+from jaxrec.nn.sasrec import SASRecConfig as SASRecConfig

@@ -1,0 +1,118 @@
+"""HSTU: pointwise attention with gating, relative position and time biases."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
+from jaxrec.ops.jagged import JaggedBatch, positions
+from jaxrec.ops.layers import dropout, layer_norm
+from pallas_kernels import hstu_attention
+
+
+@dataclass(frozen=True)
+class HSTUConfig:
+    """Shape of an HSTU.
+
+    Attributes:
+      num_items: items in the catalogue, numbered from 1.
+      max_len: tokens of the longest sequence.
+      qk_width, v_width: width of one head's queries and keys, and of its values; None means
+        width / num_heads.
+      time_buckets: 0 leaves the time bias out (for data without timestamps).
+      absolute_positions: learned embeddings of the position, added to the items'.
+    """
+
+    num_items: int
+    max_len: int = 50
+    width: int = 64
+    num_blocks: int = 2
+    num_heads: int = 1
+    qk_width: int | None = None
+    v_width: int | None = None
+    dropout: float = 0.5
+    time_buckets: int = 0
+    absolute_positions: bool = True
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class HSTUBlock(nnx.Module):
+    """x + f₂(norm(attention(q, k, v)) ⊙ u), where u, v, q, k = silu(f₁(norm(x)))."""
+
+    def __init__(self, config: HSTUConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        heads = config.num_heads
+        self.qk_width = config.qk_width or config.width // heads
+        self.v_width = config.v_width or config.width // heads
+        self.norm = LayerNorm(config.width)
+        self.uvqk = Linear(config.width, 2 * heads * (self.qk_width + self.v_width), rngs=rngs)
+        self.out = Linear(heads * self.v_width, config.width, rngs=rngs)
+        self.position_bias = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (heads, config.max_len))
+        )
+        self.time_bias = None
+        if config.time_buckets:
+            self.time_bias = nnx.Param(
+                0.02 * jax.random.normal(rngs.params(), (heads, config.time_buckets))
+            )
+
+    def __call__(
+        self, x: Float[jax.Array, "T D"], batch: JaggedBatch, key: jax.Array | None
+    ) -> jax.Array:
+        heads, tokens = self.config.num_heads, x.shape[0]
+        widths = [heads * self.v_width] * 2 + [heads * self.qk_width]
+        ends = [sum(widths[: i + 1]) for i in range(3)]
+        u, v, q, k = jnp.split(jax.nn.silu(self.uvqk(self.norm(x))), ends, axis=-1)
+        attended = hstu_attention(
+            q.reshape(tokens, heads, -1),
+            k.reshape(tokens, heads, -1),
+            v.reshape(tokens, heads, -1),
+            jnp.asarray(batch.seq_offsets),
+            max_len=self.config.max_len,
+            position_bias=self.position_bias[...],
+            timestamps=None if self.time_bias is None else jnp.asarray(batch.timestamps),
+            time_bias=None if self.time_bias is None else self.time_bias[...],
+        )
+        gated = layer_norm(attended.reshape(tokens, -1)) * u
+        return x + self.out(dropout(gated, self.config.dropout, key))
+
+
+class HSTU(nnx.Module):
+    """Item embeddings → HSTU blocks; scores are dot products with the same embeddings.
+
+    Source: Zhai et al., Actions Speak Louder than Words (ICML 2024).
+    """
+
+    def __init__(self, config: HSTUConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.items = ItemEmbedding(config.num_items, config.width, rngs=rngs)
+        self.positions = None
+        if config.absolute_positions:
+            shape = (config.max_len, config.width)
+            self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+        self.blocks = nnx.List([HSTUBlock(config, rngs=rngs) for _ in range(config.num_blocks)])
+        self.norm = LayerNorm(config.width)
+
+    def encode(
+        self, batch: JaggedBatch, *, key: jax.Array | None = None
+    ) -> Float[jax.Array, "T D"]:
+        """Hidden state of every token slot; dropout only where a key is given."""
+        keys = [None] * (len(self.blocks) + 1)
+        if key is not None:
+            keys = list(jax.random.split(key, len(keys)))
+        x = self.items(batch.item_ids) * self.config.width**0.5
+        if self.positions is not None:
+            position = positions(batch.seq_offsets, batch.item_ids.shape[0])
+            x = x + self.positions[...][jnp.clip(position, 0, self.config.max_len - 1)]
+        x = dropout(x.astype(self.config.compute_dtype), self.config.dropout, keys[0])
+        for block, block_key in zip(self.blocks, keys[1:], strict=True):
+            x = block(x, batch, block_key)
+        return self.norm(x)
+
+    def item_embeddings(self) -> Float[jax.Array, "V D"]:
+        """Rows that hidden states are scored against; row 0 is padding."""
+        return self.items.table[...]

@@ -1,0 +1,143 @@
+"""SASRec: a causal Transformer over a user's items, with an optional causal frequency filter."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
+from jaxrec.ops.jagged import JaggedBatch, positions, positions_from_end
+from jaxrec.ops.layers import causal_filter, dropout
+from pallas_kernels import softmax_attention
+
+
+@dataclass(frozen=True)
+class SASRecConfig:
+    """Shape of a SASRec.
+
+    Attributes:
+      num_items: items in the catalogue, numbered from 1.
+      max_len: tokens of the longest sequence.
+      positions: which end positions count from. "end" suits one sample per prefix, where the
+        last token is the only one scored; "start" any sampling.
+      filter_share: 0 is plain attention; otherwise the weight of the causal frequency filter
+        beside attention, which keeps 1 - filter_share.
+      filter_cutoff: frequencies that the filter's low-pass starts with, of max_len.
+    """
+
+    num_items: int
+    max_len: int = 50
+    width: int = 64
+    num_blocks: int = 2
+    num_heads: int = 1
+    ffn_factor: int = 4
+    dropout: float = 0.5
+    positions: Literal["start", "end"] = "start"
+    filter_share: float = 0.0
+    filter_cutoff: int = 5
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def low_pass_taps(max_len: int, cutoff: int) -> np.ndarray:
+    """Past half of the circular kernel that keeps the lowest `cutoff` frequencies of max_len."""
+    lag = np.arange(max_len)
+    waves = np.cos(2 * np.pi * np.arange(1, cutoff)[:, None] * lag / max_len)
+    return (1 + 2 * waves.sum(0)) / max_len
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head causal softmax attention."""
+
+    def __init__(self, config: SASRecConfig, *, rngs: nnx.Rngs):
+        self.num_heads, self.max_len = config.num_heads, config.max_len
+        self.qkv = Linear(config.width, 3 * config.width, rngs=rngs)
+        self.out = Linear(config.width, config.width, rngs=rngs)
+
+    def __call__(self, x: Float[jax.Array, "T D"], seq_offsets: jax.Array) -> jax.Array:
+        qkv = self.qkv(x).reshape(x.shape[0], 3, self.num_heads, -1)
+        attended = softmax_attention(
+            qkv[:, 0], qkv[:, 1], qkv[:, 2], seq_offsets, max_len=self.max_len
+        )
+        return self.out(attended.reshape(x.shape))
+
+
+class FrequencyFilter(nnx.Module):
+    """low(x) + gain² · (x - low(x)), where low looks only at past tokens."""
+
+    def __init__(self, config: SASRecConfig, *, rngs: nnx.Rngs):
+        taps = low_pass_taps(config.max_len, config.filter_cutoff)
+        self.taps = nnx.Param(jnp.tile(jnp.asarray(taps, jnp.float32)[:, None], config.width))
+        self.gain = nnx.Param(jax.random.normal(rngs.params(), (config.width,)))
+
+    def __call__(self, x: Float[jax.Array, "T D"], seq_offsets: jax.Array) -> jax.Array:
+        low = causal_filter(x, seq_offsets, self.taps[...])
+        return low + (self.gain[...] ** 2).astype(x.dtype) * (x - low)
+
+
+class Block(nnx.Module):
+    """Token mixing (attention, filter or both), then a feed-forward network; post-norm."""
+
+    def __init__(self, config: SASRecConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.attention = SelfAttention(config, rngs=rngs)
+        self.filter = FrequencyFilter(config, rngs=rngs) if config.filter_share > 0 else None
+        self.attention_norm = LayerNorm(config.width)
+        self.filter_norm = LayerNorm(config.width) if config.filter_share > 0 else None
+        self.up = Linear(config.width, config.ffn_factor * config.width, rngs=rngs)
+        self.down = Linear(config.ffn_factor * config.width, config.width, rngs=rngs)
+        self.ffn_norm = LayerNorm(config.width)
+
+    def __call__(
+        self, x: Float[jax.Array, "T D"], seq_offsets: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        rate, share = self.config.dropout, self.config.filter_share
+        keys = [None] * 3 if key is None else jax.random.split(key, 3)
+        attended = dropout(self.attention(x, seq_offsets), rate, keys[0])
+        mixed = self.attention_norm(x + attended)
+        if self.filter is not None and self.filter_norm is not None:
+            filtered = dropout(self.filter(x, seq_offsets), rate, keys[1])
+            mixed = (1 - share) * mixed + share * self.filter_norm(x + filtered)
+        hidden = self.down(jax.nn.gelu(self.up(mixed)))
+        return self.ffn_norm(mixed + dropout(hidden, rate, keys[2]))
+
+
+class SASRec(nnx.Module):
+    """Item embeddings + positions → blocks; scores are dot products with the same embeddings.
+
+    Source: Kang & McAuley 2018; the filter beside attention after Shin et al., BSARec (AAAI
+    2024), made causal so that it may be trained on all positions.
+    """
+
+    def __init__(self, config: SASRecConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.items = ItemEmbedding(config.num_items, config.width, rngs=rngs)
+        self.positions = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (config.max_len, config.width))
+        )
+        self.norm = LayerNorm(config.width)
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_blocks)])
+
+    def encode(
+        self, batch: JaggedBatch, *, key: jax.Array | None = None
+    ) -> Float[jax.Array, "T D"]:
+        """Hidden state of every token slot; dropout only where a key is given."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        keys = [None] * (len(self.blocks) + 1)
+        if key is not None:
+            keys = list(jax.random.split(key, len(keys)))
+        offsets = jnp.asarray(batch.seq_offsets)
+        place = positions if self.config.positions == "start" else positions_from_end
+        position = jnp.clip(place(offsets, batch.item_ids.shape[0]), 0, self.config.max_len - 1)
+        x = self.items(batch.item_ids) + self.positions[...][position]
+        x = dropout(self.norm(x.astype(dtype)), self.config.dropout, keys[0])
+        for block, block_key in zip(self.blocks, keys[1:], strict=True):
+            x = block(x, offsets, block_key)
+        return x
+
+    def item_embeddings(self) -> Float[jax.Array, "V D"]:
+        """Rows that hidden states are scored against; row 0 is padding."""
+        return self.items.table[...]

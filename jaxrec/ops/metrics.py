@@ -1,0 +1,73 @@
+"""Ranking metrics over the whole catalogue.
+
+Protocol: every item but the padding row and the user's history is a candidate; the target stays
+one even if it also occurs in the history. A target that ties with another item ranks behind it,
+so a constant scorer earns nothing.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxrec.typing import PADDING_ID
+
+
+def target_ranks(
+    hidden: Float[jax.Array, "B D"],
+    table: Float[jax.Array, "V D"],
+    target_ids: Int[jax.Array, "B"],
+    history_ids: Int[jax.Array, "B L"] | None = None,
+    *,
+    item_chunk: int = 16384,
+) -> Int[jax.Array, "B"]:
+    """How many candidates score at least as high as the target: 0 is the best rank.
+
+    Args:
+      history_ids: items to leave out, padded with 0; None leaves none out.
+      item_chunk: candidates scored at a time; memory is B·item_chunk scores.
+    """
+    num_items, width = table.shape
+    chunk = min(item_chunk, num_items)
+    num_chunks = -(-num_items // chunk)
+    chunks = jnp.pad(table, ((0, num_chunks * chunk - num_items), (0, 0)))
+    target_table = table[target_ids]
+
+    def count(total, chunk_and_start):
+        rows, start = chunk_and_start
+        scores = jnp.einsum("bd,cd->bc", hidden, rows, preferred_element_type=jnp.float32)
+        ids = start + jnp.arange(chunk)
+        left_out = (ids == PADDING_ID) | (ids >= num_items) | (ids == target_ids[:, None])
+        if history_ids is not None:
+            left_out |= _contains(history_ids - start, chunk)
+        return total + ((scores >= target[:, None]) & ~left_out).sum(axis=1), None
+
+    target = jnp.einsum("bd,bd->b", hidden, target_table, preferred_element_type=jnp.float32)
+    starts = jnp.arange(num_chunks) * chunk
+    init = jnp.zeros(hidden.shape[0], jnp.int32)
+    return jax.lax.scan(count, init, (chunks.reshape(num_chunks, chunk, width), starts))[0]
+
+
+def _contains(ids: jax.Array, size: int) -> Bool[jax.Array, "B {size}"]:
+    """Which of 0 … size-1 each row lists; entries outside are passed over."""
+    rows = jnp.arange(ids.shape[0])[:, None]
+    columns = jnp.where(ids >= 0, ids, size)
+    return jnp.zeros((ids.shape[0], size), bool).at[rows, columns].set(True, mode="drop")
+
+
+def ranking_metrics(
+    ranks: Int[np.ndarray | jax.Array, "B"], cutoffs: Sequence[int] = (5, 10, 20)
+) -> dict[str, float]:
+    """HR@k, NDCG@k (one relevant item each) and MRR, averaged over the ranks."""
+    ranks = np.asarray(ranks)
+    if ranks.size == 0:
+        raise ValueError("no ranks to average: the evaluation set is empty")
+    gains = 1 / np.log2(ranks + 2.0)
+    metrics = {}
+    for k in cutoffs:
+        metrics[f"hr@{k}"] = float((ranks < k).mean())
+        metrics[f"ndcg@{k}"] = float(np.where(ranks < k, gains, 0).mean())
+    metrics["mrr"] = float((1 / (ranks + 1.0)).mean())
+    return metrics

@@ -1,0 +1,125 @@
+"""HSTU attention over packed sequences in plain XLA, linear in memory."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._banded import Band, make_band, token_coordinates
+
+
+class Masking(NamedTuple):
+    """Which earlier tokens a token attends to; see `api.hstu_attention`."""
+
+    num_targets: jax.Array | None
+    max_attn_len: int
+    contextual_len: int
+    min_full_attn_len: int
+
+
+class Coordinates(NamedTuple):
+    """Per token: sequence, mask id (targets share one, contextual tokens are 0) and last id."""
+
+    segment: jax.Array
+    mask_id: jax.Array
+    last_id: jax.Array
+
+
+def mask_coordinates(seq_offsets: jax.Array, num_tokens: int, masking: Masking) -> Coordinates:
+    """Folds contextual prefix and targets into one id a token, so that masks compare ids."""
+    segment, position = token_coordinates(seq_offsets, num_tokens)
+    lengths = jnp.append(jnp.diff(seq_offsets), 0)
+    last_id = lengths[segment]
+    mask_id = position
+    if masking.contextual_len > 0:
+        mask_id = jnp.maximum(position - masking.contextual_len + 1, 0)
+        last_id = last_id - masking.contextual_len + 1
+    if masking.num_targets is not None:
+        last_id = last_id - jnp.append(masking.num_targets, 0)[segment]
+        mask_id = jnp.minimum(mask_id, last_id)
+    return Coordinates(segment, mask_id, last_id)
+
+
+def attends(
+    query: Coordinates, key: Coordinates, same_token: jax.Array, masking: Masking
+) -> jax.Array:
+    """[…, block, block] mask of the pairs that take part."""
+    q_id, k_id = query.mask_id[:, :, None], key.mask_id[:, None, :]
+    last_id = query.last_id[:, :, None]
+    distance = q_id - k_id
+    valid = same_token | (distance > 0)
+    if masking.max_attn_len > 0:
+        near = distance <= masking.max_attn_len
+        if masking.min_full_attn_len > 0:
+            near |= q_id >= last_id - masking.min_full_attn_len
+        valid &= near
+    if masking.contextual_len > 0:
+        valid |= (q_id == 0) & (k_id < last_id)
+    return valid & (query.segment[:, :, None] == key.segment[:, None, :])
+
+
+def time_bucket(seconds: jax.Array, num_buckets: int) -> jax.Array:
+    """Two buckets an octave of elapsed time: floor(2·log2(1 + |seconds|)), clipped."""
+    bucket = jnp.floor(2 * jnp.log2(1 + jnp.abs(seconds).astype(jnp.float32)))
+    return jnp.clip(bucket, 0, num_buckets - 1).astype(jnp.int32)
+
+
+def _blocks(band: Band, x: Coordinates, *, keys: bool) -> Coordinates:
+    split = band.keys if keys else lambda array, fill: band.split(array)
+    return Coordinates(split(x.segment, -1), split(x.mask_id, 0), split(x.last_id, 0))
+
+
+def hstu_attention_ref(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seq_offsets: jax.Array,
+    *,
+    max_len: int,
+    alpha: float,
+    attn_scale: jax.Array,
+    masking: Masking,
+    position_bias: jax.Array | None,
+    timestamps: jax.Array | None,
+    time_bias: jax.Array | None,
+) -> jax.Array:
+    """The definition of correct; arguments as in `api.hstu_attention`."""
+    num_tokens, num_heads, _ = q.shape
+    band = make_band(num_tokens, max_len, look_ahead=masking.contextual_len > 0)
+    coordinates = mask_coordinates(seq_offsets, num_tokens, masking)
+    num_sequences = seq_offsets.shape[0] - 1
+    query = _blocks(band, coordinates, keys=False)
+    key = _blocks(band, coordinates, keys=True)
+    q_blocks, k_blocks, v_blocks = band.split(q * alpha), band.keys(k), band.keys(v)
+    if time_bias is not None:
+        q_time, k_time = band.split(timestamps), band.keys(timestamps)
+    slot = jnp.arange(band.block)
+
+    def step(acc, offset):
+        scores = jnp.einsum(
+            "nqhd,nkhd->nhqk",
+            q_blocks,
+            band.at_offset(k_blocks, offset),
+            preferred_element_type=jnp.float32,
+        )
+        distance = slot[:, None] - slot[None, :] + offset * band.block
+        if position_bias is not None:
+            scores += position_bias[:, jnp.clip(distance, 0, max_len - 1)]
+        if time_bias is not None:
+            elapsed = q_time[:, :, None] - band.at_offset(k_time, offset)[:, None, :]
+            bucket = time_bucket(elapsed, time_bias.shape[1])
+            scores += jnp.moveaxis(time_bias[:, bucket], 0, 1)
+        at_offset = Coordinates(*(band.at_offset(x, offset) for x in key))
+        valid = attends(query, at_offset, distance == 0, masking)
+        valid &= (query.segment < num_sequences)[:, :, None]
+        weights = jnp.where(valid[:, None], jax.nn.silu(scores), 0)
+        return acc + jnp.einsum(
+            "nhqk,nkhd->nqhd",
+            weights.astype(v.dtype),
+            band.at_offset(v_blocks, offset),
+            preferred_element_type=jnp.float32,
+        )
+
+    init = jnp.zeros((band.num_blocks, band.block, num_heads, v.shape[-1]), jnp.float32)
+    out = band.accumulate(step, init).reshape(-1, num_heads, v.shape[-1])[:num_tokens]
+    return (out * attn_scale).astype(v.dtype)
