@@ -1,0 +1,1 @@
+"""One file, one experiment; `record` writes what was measured, `report` shows it."""

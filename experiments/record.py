@@ -1,0 +1,136 @@
+"""Writes measurements with all that is needed to repeat them.
+
+One JSON file a run, `experiments/results/<experiment>/<utc>-<sha>.json`, never overwritten.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+SCHEMA_VERSION = 1
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def write(
+    experiment: str,
+    *,
+    config: Any,
+    measurements: Sequence[Mapping[str, Any]],
+    checks: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (),
+    data: Mapping[str, Any] | None = None,
+    wall_s: float | None = None,
+    scratch: bool = False,
+    folder: Path = RESULTS,
+) -> Path:
+    """Writes one result file and returns its path.
+
+    Args:
+      experiment: name of the experiment; one folder each.
+      config: a dataclass or a mapping that JSON can hold.
+      measurements: one mapping each, with at least `metric`, `unit` and `value` or `samples`.
+      checks: errors against the reference and other proofs of correctness.
+      data: name and sha256 of what was measured on; see `describe_data`.
+      scratch: allows a tree with uncommitted changes; the file is then marked `dirty`.
+
+    Raises:
+      RuntimeError: the source tree has uncommitted changes and `scratch` is False.
+    """
+    git = git_state()
+    if git["dirty"] and not scratch:
+        raise RuntimeError(
+            "the source tree has uncommitted changes, so a result could not be repeated from its "
+            "commit; commit first, or ask for a scratch result (--scratch)"
+        )
+    now = time.gmtime()
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "experiment": experiment,
+        "command": command_line(),
+        "config": asdict(config) if is_dataclass(config) else config,  # pyright: ignore
+        "git": git,
+        "env": environment(),
+        "data": data,
+        "seeds": list(seeds),
+        "measurements": [dict(m) for m in measurements],
+        "checks": dict(checks or {}),
+        "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", now),
+        "wall_s": wall_s,
+    }
+    path = folder / experiment / f"{time.strftime('%Y%m%dT%H%M%SZ', now)}-{git['sha'][:7]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while path.exists():
+        path = path.with_stem(path.stem + "x")
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def command_line() -> str:
+    """The command as a reader would type it, without paths of this machine."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
+    return " ".join([program, *sys.argv[1:]])
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and whether tracked files differ from it; "unknown" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"sha": git("rev-parse", "HEAD") or "unknown", "dirty": bool(changed)}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device of this process."""
+    versions = {}
+    for package in PACKAGES:
+        versions[package] = importlib.metadata.version(package)
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": device.platform,
+        "device_kind": device.device_kind if device.platform != "cpu" else _cpu_name(),
+        "device_count": jax.device_count(),
+        "cpu_cores": os.cpu_count(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def describe_data(name: str, *paths: Path) -> dict[str, str]:
+    """Name and joint sha256 of the files that were read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return {"name": name, "sha256": digest.hexdigest()}
+
+
+def read_all(experiment: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All results of an experiment, oldest first."""
+    paths = sorted((folder / experiment).glob("*.json"))
+    return [json.loads(path.read_text()) for path in paths]
