@@ -101,13 +101,9 @@ def _score_candidates(
     hidden: jax.Array, table: jax.Array, target_ids: jax.Array, negative_ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """f32 scores of the targets [M] and of their negatives [M, S], shared or one set a target."""
-    target = jnp.einsum(
-        "md,md->m", hidden, table[target_ids], preferred_element_type=jnp.float32
-    )
+    target = jnp.einsum("md,md->m", hidden, table[target_ids], preferred_element_type=jnp.float32)
     formula = "md,sd->ms" if negative_ids.ndim == 1 else "md,msd->ms"
-    negatives = jnp.einsum(
-        formula, hidden, table[negative_ids], preferred_element_type=jnp.float32
-    )
+    negatives = jnp.einsum(formula, hidden, table[negative_ids], preferred_element_type=jnp.float32)
     return target, negatives
 
 

@@ -61,8 +61,11 @@ def user_ranks(
     """The rank of every user's target, in the order of the evaluation set."""
     num_users = len(eval_set.targets)
     ranks = np.zeros(num_users, np.int32)
+    lengths = np.minimum(eval_set.histories.lengths, max_len)
+    budget = int(max(lengths.max(initial=1), 1.25 * batch_size * lengths.mean()))
+    batches = eval_batches(eval_set, max_len=max_len, batch_size=batch_size, token_budget=budget)
     pending = []
-    for batch, users in eval_batches(eval_set, max_len=max_len, batch_size=batch_size):
+    for batch, users in batches:
         history = history_matrix(eval_set, users)
         pending.append((users, rank_fn(params, batch, history)))
         if progress is not None:

@@ -52,4 +52,6 @@ def softmax_attention_ref(
     )
     _, total, acc = band.accumulate(step, init)
     out = acc / jnp.maximum(total, 1e-30)[..., None]
-    return out.transpose(0, 2, 1, 3).reshape(-1, num_heads, v.shape[-1])[:num_tokens].astype(v.dtype)
+    return (
+        out.transpose(0, 2, 1, 3).reshape(-1, num_heads, v.shape[-1])[:num_tokens].astype(v.dtype)
+    )

@@ -1,0 +1,141 @@
+"""Training a model on a split from start to finish: batches, step, loop, evaluation."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxrec.data import EvalSet, Split, training_batches
+from jaxrec.train.evaluate import evaluate_ranking, make_rank_fn
+from jaxrec.train.loop import LoopConfig, LoopResult, run_loop
+from jaxrec.train.optim import OptimizerConfig, make_optimizer, make_schedule
+from jaxrec.train.step import LossConfig, TrainState, init_state, make_step, parameter_names
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a sequence model is trained.
+
+    Attributes:
+      sampling: "sequences" (a target at every position) or "prefixes" (one sample a prefix).
+      token_budget: token slots of a batch.
+      max_sequences: sequences of a batch at most.
+      ema_decay: None trains without averaged weights; otherwise they are what is evaluated.
+      num_epochs: passes over the data, unless early stopping ends before.
+      eval_every: epochs between evaluations on the validation set.
+      eval_users: validation users looked at (evenly spread); None looks at all.
+      patience: evaluations without a better `monitor` before training stops.
+    """
+
+    sampling: Literal["sequences", "prefixes"] = "sequences"
+    token_budget: int = 1024
+    max_sequences: int = 256
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema_decay: float | None = None
+    num_epochs: int = 50
+    eval_every: int = 1
+    eval_users: int | None = None
+    patience: int = 5
+    monitor: str = "ndcg@10"
+    keep: int = 2
+    seed: int = 0
+
+
+def train(
+    model: Any,
+    split: Split,
+    *,
+    config: TrainConfig,
+    folder: str | Path,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    resume: bool = True,
+) -> LoopResult:
+    """Trains `model` on `split.train`, choosing the best step on `split.valid`.
+
+    Run again with the same folder, it goes on where it was stopped, to the bit.
+
+    Args:
+      model: an NNX module with `config` (a dataclass with `max_len`), `encode(batch, key=)` and
+        `item_embeddings()`, such as `SASRec` or `HSTU`.
+      folder: where checkpoints, logs and the lock are kept.
+      evaluate: replaces the ranking metrics on the validation set.
+      resume: False refuses a folder that already holds a run.
+
+    Returns:
+      The last and the best state, and the history of metrics.
+    """
+    batches = training_batches(
+        split.train,
+        mode=config.sampling,
+        max_len=model.config.max_len,
+        token_budget=config.token_budget,
+        max_sequences=config.max_sequences,
+        seed=config.seed,
+        prefetch=2,
+    )
+    optimizer = make_optimizer(config.optimizer)
+    state = init_state(model, optimizer, seed=config.seed, ema_decay=config.ema_decay)
+    step = make_step(
+        model,
+        optimizer,
+        loss=config.loss,
+        schedule=make_schedule(config.optimizer),
+        ema_decay=config.ema_decay,
+    )
+    steps_per_epoch = batches.num_batches_per_epoch
+    return run_loop(
+        state,
+        step,
+        iter(batches),
+        config=LoopConfig(
+            num_steps=config.num_epochs * steps_per_epoch,
+            eval_every=config.eval_every * steps_per_epoch,
+            checkpoint_every=config.eval_every * steps_per_epoch,
+            patience=config.patience,
+            monitor=config.monitor,
+            keep=config.keep,
+        ),
+        folder=folder,
+        model_config=run_config(model, config),
+        evaluate=evaluate or validation_metrics(model, spread(split.valid, config.eval_users)),
+        resume=resume,
+        param_names=parameter_names(state.params),
+    )
+
+
+def run_config(model: Any, config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint records, and what resuming compares."""
+    return {
+        "model": {"name": type(model).__name__, **asdict(model.config)},
+        "train": asdict(config),
+    }
+
+
+def validation_metrics(model: Any, eval_set: EvalSet) -> Callable[[TrainState], dict[str, float]]:
+    """Ranking metrics of a state's averaged weights (or of its weights) on `eval_set`."""
+    rank_fn = make_rank_fn(model)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        return evaluate_ranking(rank_fn, state.eval_params, eval_set, max_len=model.config.max_len)
+
+    return evaluate
+
+
+def spread(eval_set: EvalSet, num_users: int | None) -> EvalSet:
+    """At most `num_users` of the questions, evenly spread."""
+    if num_users is None or num_users >= len(eval_set):
+        return eval_set
+    rows = np.linspace(0, len(eval_set) - 1, num_users).astype(np.int64)
+    histories = eval_set.histories.take(rows, eval_set.histories.lengths[rows])
+    return EvalSet(histories, eval_set.targets[rows])
+
+
+def with_params(model: Any, params: Any) -> Any:
+    """A copy of `model` that holds `params`, such as a state's `eval_params`."""
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x, params), rest)
