@@ -9,7 +9,7 @@ and Grain's checkpoint handlers; states are the same on both sides.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -134,7 +134,7 @@ class BatchIterator:
         self.position = 0
         self.batches = 0
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> JaggedBatch:

@@ -216,7 +216,7 @@ def _raw_id(path: str | Path, line: int, value: object, field: str) -> str:
     )
 
 
-def read_movielens(path: str | Path, *, min_rating: float | None = None) -> Interactions:
+def read_movielens(path: str | Path, *, min_rating: float | int | None = None) -> Interactions:
     """Reads MovieLens ratings: CSV with a header, or `user::movie::rating::timestamp` lines.
 
     Args:

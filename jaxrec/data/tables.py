@@ -33,7 +33,7 @@ class ColumnMap:
     item: str
     timestamp: str | None = None
     rating: str | None = None
-    min_rating: float | None = None
+    min_rating: float | int | None = None
     time_unit: TimeUnit = "s"
 
     def __post_init__(self):
@@ -109,7 +109,7 @@ def _load(path: str | Path, columns: ColumnMap) -> "pl.DataFrame":
         else:
             lazy = pl.scan_parquet(path)
         require_columns(path, columns.names, lazy.collect_schema().names())
-        return lazy.select(dict.fromkeys(columns.names)).collect()
+        return lazy.select(list(dict.fromkeys(columns.names))).collect()
     except pl.exceptions.NoDataError as error:
         raise empty_file(path, "a header and rows") from error
     except pl.exceptions.ComputeError as error:

@@ -114,7 +114,7 @@ class Vocabulary:
                     "Give a file written by Vocabulary.save."
                 )
             text, ends = stored["text"].tobytes(), stored["ends"].tolist()
-            starts = [0, *ends[:-1]]
+            starts = [0, *ends][:-1]
             raw_ids = [text[a:b].decode() for a, b in zip(starts, ends, strict=True)]
             return cls.create(str(stored["kind"]), raw_ids, first_index=int(stored["first_index"]))
 
