@@ -94,8 +94,10 @@ class TrainingBatches:
 
     def to_grain(self) -> "grain.IterDataset[JaggedBatch]":
         """The same batches and states as a Grain dataset (needs grain)."""
-        import grain
-
+        try:
+            import grain
+        except ImportError as error:
+            raise ImportError("to_grain needs grain: install jaxrec[data].") from error
         batches = self
 
         class GrainIterator(grain.DatasetIterator[JaggedBatch]):

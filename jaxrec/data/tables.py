@@ -63,14 +63,11 @@ def read_table(path: str | Path, *, columns: ColumnMap) -> Interactions:
       ValueError: another suffix.
       ImportError: polars is not installed.
     """
-    import polars as pl
-
     frame = _load(path, columns)
     if frame.height == 0:
         raise empty_file(path, "rows below the header" if _is_csv(path) else "rows")
     for name in (columns.user, columns.item):
-        missing = (frame[name].is_null() | (frame[name].cast(pl.String) == "")).fill_null(True)
-        _require_values(path, name, missing.to_numpy(), "an id, found nothing")
+        _require_values(path, name, _is_blank(frame[name]), "an id, found nothing")
     timestamps, time_unit = _as_times(path, columns, frame)
     keep = _well_rated(path, columns, frame)
     rows_filtered = 0
@@ -97,8 +94,10 @@ def _is_csv(path: str | Path) -> bool:
 
 
 def _load(path: str | Path, columns: ColumnMap) -> "pl.DataFrame":
-    import polars as pl
-
+    try:
+        import polars as pl
+    except ImportError as error:
+        raise ImportError("read_table needs polars: install jaxrec[data].") from error
     suffix = Path(path).suffix
     if suffix not in (".csv", ".parquet"):
         raise ValueError(f"{path}: expected a .csv or .parquet file, found suffix {suffix!r}.")
@@ -114,6 +113,13 @@ def _load(path: str | Path, columns: ColumnMap) -> "pl.DataFrame":
         raise empty_file(path, "a header and rows") from error
     except pl.exceptions.ComputeError as error:
         raise DataFormatError(path, f"not a readable {suffix[1:]} file: {error}") from error
+
+
+def _is_blank(series: "pl.Series") -> np.ndarray:
+    """Where there is no id: null or empty text."""
+    import polars as pl
+
+    return (series.cast(pl.String).fill_null("") == "").to_numpy()
 
 
 def _require_values(path: str | Path, name: str, bad: np.ndarray, problem: str) -> None:

@@ -178,7 +178,6 @@ def test_broken_states_are_refused():
         ({"num_epochs": 0}, "num_epochs is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"prefetch": -1}, "prefetch is -1"),
-        ({"mode": "tokens"}, "mode is 'tokens'"),
         ({"dataset": SequenceDataset.from_sequences([[1], []], num_items=1)}, "no training sample"),
     ],
 )
@@ -264,20 +263,34 @@ def test_grain_gives_the_same_batches_and_states():
     assert list(mapped) == [int(batch.seq_offsets[-1]) for batch in batches_of(num_epochs=1)]
 
 
-def test_nothing_here_needs_grain_or_polars():
+def test_only_what_needs_grain_or_polars_asks_for_them():
     code = """
 import sys
 sys.modules["grain"] = sys.modules["polars"] = None
-from jaxrec.data import SequenceDataset, training_batches
+from jaxrec.data import ColumnMap, SequenceDataset, read_table, training_batches
 dataset = SequenceDataset.from_sequences([[1, 2, 3]], num_items=3)
 batches = training_batches(dataset, mode="prefixes", max_len=2, token_budget=4, max_sequences=2,
                            seed=0, num_epochs=1, prefetch=1)
 print(sum(int(batch.seq_offsets[-1]) for batch in batches))
+for ask in (batches.to_grain, lambda: read_table("a.csv", columns=ColumnMap("u", "i"))):
+    try:
+        ask()
+    except ImportError as error:
+        print(error)
+try:
+    training_batches(dataset, mode="words", max_len=2, token_budget=4, max_sequences=2, seed=0)
+except ValueError as error:
+    print(error)
 """
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
-    assert run.stdout.strip() == "3", run.stderr
+    assert run.stdout.splitlines() == [
+        "3",
+        "to_grain needs grain: install jaxrec[data].",
+        "read_table needs polars: install jaxrec[data].",
+        "mode is 'words'; expected 'sequences' or 'prefixes'.",
+    ], run.stderr
 
 
 @settings(deadline=None, max_examples=50)
@@ -318,3 +331,5 @@ def test_evaluation_refuses_small_budgets_and_empty_histories():
         next(eval_batches(eval_set, max_len=5, batch_size=2))
     with pytest.raises(ValueError, match="2 histories but 1 targets"):
         EvalSet(eval_set.histories, np.array([1], np.int32))
+    with pytest.raises(ValueError, match=r"targets\[1\] is 4; expected 1\.\.3"):
+        EvalSet(eval_set.histories, np.array([1, 4], np.int32))

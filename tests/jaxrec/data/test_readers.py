@@ -195,6 +195,12 @@ GOOD = '{"session": 1, "events": [{"aid": 1, "ts": 1, "type": "clicks"}]}\n'
         ('{"session": 1, "events": [{"aid": null, "ts": 1}]}', 1, "events[0].aid", "None"),
         ('{"session": 1, "events": [{"aid": 1, "ts": "x"}]}', 1, "events[0].ts", "'x'"),
         ('{"session": 1, "events": [{"aid": 1, "ts": 1}]}', 1, "events[0].type", "missing"),
+        (
+            '{"session": 1, "events": [{"aid": 1, "ts": 1, "type": []}]}',
+            1,
+            "events[0].type",
+            r"found \[\]",
+        ),
         (GOOD.replace("clicks", "orders"), None, "type", r"the file has \['orders'\]"),
     ],
 )

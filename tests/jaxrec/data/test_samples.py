@@ -116,11 +116,9 @@ def test_batches_that_cannot_be(ids, budget, slots, message):
         make_batch(samples, ids, max_len=9, token_budget=budget, max_sequences=slots)
 
 
-def test_bad_rows_and_modes():
+def test_bad_rows():
     with pytest.raises(ValueError, match="row 3 does not exist; there are 1 histories"):
         make_query_batch(make([[1]]), [3], max_len=3, token_budget=9, max_sequences=3)
-    with pytest.raises(ValueError, match="mode is 'prefix'; expected"):
-        SampleIndex(make([[1, 2]]), "prefix")  # pyright: ignore[reportArgumentType]
 
 
 def test_256_prefixes_take_about_a_millisecond_at_most():

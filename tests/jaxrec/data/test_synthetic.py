@@ -86,7 +86,9 @@ def test_order_tells_more_than_popularity_and_two_items_more_than_one():
 
 def test_category_follows_what_users_do():
     data = synthetic_catalogue()
-    category = np.array([hash(row) for row in data.attributes.values["category"]])
+    _, category = np.unique(
+        ["".join(row) for row in data.attributes.values["category"]], return_inverse=True
+    )
     items, users = data.interactions.item_index, data.interactions.user_index
     own = category[items]
     same_user = users[1:] == users[:-1]

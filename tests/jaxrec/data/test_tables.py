@@ -95,6 +95,8 @@ def test_ratings_filter_rows_and_keep_times_aligned(tmp_path):
         ("who,what,when\n1,2,3\n1,2,soon\n", 3, "when", "a whole number, found 'soon'"),
         ("who,what,when\n1,2,3\n1,2,\n", 3, "when", "a whole number, found nothing"),
         ("who,what,when\n1,2,3\n,2,3\n", 3, "who", "an id, found nothing"),
+        ('who,what,when\n1,2,3\n1,"",3\n', 3, "what", "an id, found nothing"),
+        ("who,what,when\n1,2,3\n1,2,3,4\n", None, None, "not a readable csv file"),
     ],
 )
 def test_bad_csv(tmp_path, text, line, field, message):
