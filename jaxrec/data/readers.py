@@ -147,7 +147,8 @@ def read_events_jsonl(
         if rows_filtered:
             raise DataFormatError(
                 path,
-                f"no event has a type of {sorted(types or ())}; the file has {sorted(found_types)}.",
+                f"no event has a type of {sorted(types or ())}; the file has "
+                f"{sorted(found_types)}.",
                 field="type",
             )
         raise empty_file(path, "one session with events a line")

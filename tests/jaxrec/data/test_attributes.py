@@ -35,7 +35,7 @@ def test_csv_columns_are_split_quoted_and_merged(tmp_path):
     path = tmp_path / "movies.csv"
     path.write_text(
         'movieId,title,genres\n20,"Piano, The",Drama| Music |\n99,Gone,Drama\n10,Heat,Crime\n'
-        "20,Again,Drama|War\n"
+        "\n20,Again,Drama|War\n"
     )
     read = read_item_attributes_csv(
         path, ITEMS, item_column="movieId", features={"genres": "|", "title": None}

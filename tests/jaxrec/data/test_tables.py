@@ -94,9 +94,11 @@ def test_ratings_filter_rows_and_keep_times_aligned(tmp_path):
         ("who,item,when\n1,2,3\n", None, "what", "no column 'what'; the file has 'who', 'item'"),
         ("who,what,when\n1,2,3\n1,2,soon\n", 3, "when", "a whole number, found 'soon'"),
         ("who,what,when\n1,2,3\n1,2,\n", 3, "when", "a whole number, found nothing"),
-        ("who,what,when\n1,2,3\n,2,3\n", 3, "who", "an id, found nothing"),
-        ('who,what,when\n1,2,3\n1,"",3\n', 3, "what", "an id, found nothing"),
-        ("who,what,when\n1,2,3\n1,2,3,4\n", None, None, "not a readable csv file"),
+        ("who,what,when\n1,2,3\n,2,3\n", 3, "who", "an id, found nothing; fill"),
+        ('who,what,when\n1,2,3\n1,"",3\n', 3, "what", "an id, found nothing; fill"),
+        ("who,what,when\n1,2,3\n1,2,3,4\n", 3, None, "expected 3 fields, found 4"),
+        ('who,what,when\n1,"a\nb",3\n1,2,soon\n', 4, "when", "found 'soon'"),
+        ("who,what,when\n1,2,3\n\n1,2,3\n", 3, "who", "an id, found nothing; fill"),
     ],
 )
 def test_bad_csv(tmp_path, text, line, field, message):
