@@ -1,7 +1,7 @@
 """Batches for training (shuffled, packed, resumable at any batch) and for evaluation (in order).
 
 The iterator is the library's own, whatever else is installed: its batches are a function of the
-dataset, the settings, the seed and a place, and its state is four numbers beside the settings.
+dataset, the settings, the seed and a place; its state is three numbers and the settings.
 `TrainingBatches.to_grain` offers the same batches as a `grain.IterDataset`, for mixing, mapping
 and Grain's checkpoint handlers; states are the same on both sides.
 """

@@ -72,7 +72,9 @@ def read_table(path: str | Path, *, columns: ColumnMap) -> Interactions:
     if frame.height == 0:
         raise empty_file(path, "rows below the header" if _is_csv(path) else "rows")
     for name in (columns.user, columns.item):
-        _require_values(path, name, _is_blank(frame[name]), "an id, found nothing; fill it or remove it")
+        _require_values(
+            path, name, _is_blank(frame[name]), "an id, found nothing; fill it or remove it"
+        )
     timestamps, time_unit = _as_times(path, columns, frame)
     keep = _well_rated(path, columns, frame)
     rows_filtered = 0
