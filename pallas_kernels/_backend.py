@@ -17,7 +17,7 @@ class BackendError(ValueError):
 
 def resolve(
     op: str,
-    backend: Backend | None,
+    backend: str | None,
     shape_problem: Callable[[], str | None],
     *,
     wgmma: bool = False,

@@ -28,7 +28,7 @@ class BloomConfig:
 
 def heuristic(bundle_words: int) -> BloomConfig:
     """The widest tile of at most 512 words that divides a bundle of `bundle_words`."""
-    fitting = [words for words in (512, 384, 256) if bundle_words % words == 0]
+    fitting = [words for words in (512, 256) if bundle_words % words == 0]
     return BloomConfig(block_words=fitting[0] if fitting else WARPGROUP)
 
 

@@ -58,8 +58,8 @@ def test_partition_width_keeps_the_false_positive_rate(num_terms):
     rate = lambda w: (1 - (1 - 1 / w) ** num_terms) ** 4  # noqa: E731
     assert rate(width) <= 1e-3 * (1 + 1e-9) < rate(width - 1)
     assert partition_width(0, 4, 1e-3) == 0
-    with pytest.raises(ValueError, match="max_fpr is 0"):
-        partition_width(3, 4, 0)
+    with pytest.raises(ValueError, match="max_fpr is 0.0"):
+        partition_width(3, 4, 0.0)
 
 
 H, T, A, N = BloomOp.HEAD, BloomOp.TAIL, BloomOp.AND, BloomOp.NOT
@@ -86,5 +86,5 @@ def test_head_rows_are_bounded_and_good_programs_pass():
     operands = np.zeros((3, 3, 2), np.uint32)
     check_programs(opcodes, operands, num_head=1)
     operands[2, 0, 0] = 1
-    with pytest.raises(ValueError, match="program 2, position 0 .* head rows are 0..0"):
+    with pytest.raises(ValueError, match=r"program 2, position 0 .* head rows are 0..0"):
         check_programs(opcodes, operands, num_head=1)
