@@ -66,7 +66,7 @@ def _kernel(
         return plgpu.layout_cast(jnp.full((block_words,), word, jnp.uint32), layout)
 
     def load_row(row):
-        return plgpu.load(rows, (jnp.clip(row, 0, num_rows - 1), words), layout=layout)
+        return plgpu.load(rows.at[jnp.clip(row, 0, num_rows - 1), words], layout=layout)
 
     def head(step):
         return load_row(first_row + operands[query, step, 0].astype(jnp.int32))
@@ -98,7 +98,7 @@ def _kernel(
         def pop():
             below = depth - 1
             read = functools.partial(plgpu.load, layout=layout)
-            return below, read(slot(below, 0), ()), read(slot(below, 1), ())
+            return below, read(slot(below, 0)), read(slot(below, 1))
 
         def fold_and():
             below, other_p, other_s = pop()

@@ -48,6 +48,7 @@ def test_no_name_means_the_kernel_on_an_h200():
     assert jax.default_backend() == "cpu"
 
 
+@pytest.mark.slow
 def test_reference_is_bounded_in_memory():
     workload = WORKLOADS["10m_q64"]
     run = functools.partial(workload.run, backend="xla")
