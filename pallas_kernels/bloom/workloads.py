@@ -1,6 +1,7 @@
 """Named sizes of Bloom searches."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,20 +90,13 @@ class BloomWorkload:
 
     def run(
         self,
-        rows: jax.Array,
-        row_offsets: jax.Array,
-        opcodes: jax.Array,
-        operands: jax.Array,
-        *,
+        *arrays: Any,
         backend: Backend | None = None,
         config: BloomConfig | None = None,
     ) -> BloomMasks:
-        """`bloom_search` with this workload's static arguments."""
+        """`bloom_search` of (rows, row_offsets, opcodes, operands) with the static arguments."""
         return bloom_search(
-            rows,
-            row_offsets,
-            opcodes,
-            operands,
+            *arrays,
             num_head=self.num_head,
             num_items=self.num_items,
             backend=backend,
