@@ -2,7 +2,7 @@
 
 from pallas_kernels.ivf.api import IvfTopK, ivf_search
 from pallas_kernels.ivf.config import MAX_K, TILE_ROWS, IvfConfig
-from pallas_kernels.ivf.ref import probed_tiles_bound, rescore
+from pallas_kernels.ivf.ref import probed_tiles_bound, quantise, rescore
 
 __all__ = [
     "MAX_K",
@@ -11,5 +11,6 @@ __all__ = [
     "IvfTopK",
     "ivf_search",
     "probed_tiles_bound",
+    "quantise",
     "rescore",
 ]

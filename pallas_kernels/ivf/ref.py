@@ -119,8 +119,7 @@ class _Scorer:
 
     def __init__(self, queries, codes, scales, live, mask):
         self.codes, self.scales, self.live, self.mask = codes, scales, live, mask
-        self.int8 = codes.dtype == jnp.int8
-        if self.int8:
+        if codes.dtype == jnp.int8:
             self.queries, self.query_scales = quantise(queries)
         else:
             self.queries, self.query_scales = queries, jnp.ones(len(queries), jnp.float32)
@@ -132,34 +131,41 @@ class _Scorer:
         words = lax.dynamic_slice_in_dim(self.live, start // 32, count // 32)[None]
         if self.mask is not None:
             words = words & lax.dynamic_slice_in_dim(self.mask, start // 32, count // 32, axis=1)
-        products = self._dot(codes, (((1,), (1,)), ((), ())))
-        scores = products * (self.query_scales[:, None] * scales)
+        scores = _products(self.queries, codes) * (self.query_scales[:, None] * scales)
         return jnp.where(_bits(words), scores, -jnp.inf)
 
     def tiles(self, tiles: Int32[Array, "Q t"]) -> Float32[Array, "Q t*64"]:
-        """Each query's own tiles; -inf for tile -1."""
-        safe = jnp.maximum(tiles, 0)
-        width = self.codes.shape[1]
-        codes = self.codes.reshape(-1, TILE_ROWS, width)[safe].reshape(len(tiles), -1, width)
-        scales = self.scales.reshape(-1, TILE_ROWS)[safe].reshape(len(tiles), -1)
-        words = self.live.reshape(-1, _TILE_WORDS)[safe]
-        if self.mask is not None:
-            by_tile = self.mask.reshape(len(tiles), -1, _TILE_WORDS)
-            words = words & jnp.take_along_axis(by_tile, safe[..., None], axis=1)
-        words = jnp.where((tiles >= 0)[..., None], words, 0).reshape(len(tiles), -1)
-        products = self._dot(codes, (((1,), (2,)), ((0,), (0,))))
-        scores = products * (self.query_scales[:, None] * scales)
-        return jnp.where(_bits(words), scores, -jnp.inf)
+        """Each query's own tiles; -inf for tile -1.
 
-    def _dot(self, codes, dims) -> Float32[Array, "Q n"]:
-        if self.int8:
-            products = lax.dot_general(
-                self.queries, codes, dims, preferred_element_type=jnp.int32
-            )
-            return products.astype(jnp.float32)
-        return lax.dot_general(
-            self.queries, codes.astype(jnp.float32), dims, precision=lax.Precision.HIGHEST
+        A CPU takes the queries one by one: XLA has fast int8 products there, but not batched ones.
+        """
+        operands = (self.queries, self.query_scales, tiles, self.mask)
+        return lax.platform_dependent(
+            operands,
+            cpu=lambda each: lax.map(self._own_tiles, each),
+            default=jax.vmap(self._own_tiles),
         )
+
+    def _own_tiles(self, operands) -> Float32[Array, "t*64"]:
+        query, query_scale, tiles, mask = operands
+        safe = jnp.maximum(tiles, 0)
+        codes = self.codes.reshape(-1, TILE_ROWS, len(query))[safe].reshape(-1, len(query))
+        scales = self.scales.reshape(-1, TILE_ROWS)[safe].reshape(-1)
+        words = self.live.reshape(-1, _TILE_WORDS)[safe]
+        if mask is not None:
+            words = words & mask.reshape(-1, _TILE_WORDS)[safe]
+        words = jnp.where(tiles[:, None] >= 0, words, 0).reshape(1, -1)
+        scores = _products(query[None], codes)[0] * (query_scale * scales)
+        return jnp.where(_bits(words)[0], scores, -jnp.inf)
+
+
+def _products(queries, codes) -> Float32[Array, "Q n"]:
+    dims = (((1,), (1,)), ((), ()))
+    if codes.dtype == jnp.int8:
+        products = lax.dot_general(queries, codes, dims, preferred_element_type=jnp.int32)
+        return products.astype(jnp.float32)
+    codes = codes.astype(jnp.float32)
+    return lax.dot_general(queries, codes, dims, precision=lax.Precision.HIGHEST)
 
 
 def _bits(words: UInt32[Array, "Q n"]) -> Bool[Array, "Q n*32"]:
@@ -189,14 +195,17 @@ def _scan_work_list(scorer: _Scorer, work: Int32[Array, "Q t"], k: int, tile_blo
     work = jnp.pad(
         work, ((0, 0), (0, num_blocks * tile_block - work.shape[1])), constant_values=-1
     )
-    blocks = work.reshape(len(work), num_blocks, tile_block).transpose(1, 0, 2)
 
-    def step(best, tiles):
+    def step(block, best):
+        tiles = lax.dynamic_slice_in_dim(work, block * tile_block, tile_block, axis=1)
         lanes = jnp.arange(TILE_ROWS, dtype=jnp.int32)
         rows = (tiles[..., None] * TILE_ROWS + lanes).reshape(len(tiles), -1)
-        return _merge(best, scorer.tiles(tiles), rows, k), None
+        return _merge(best, scorer.tiles(tiles), rows, k)
 
-    return lax.scan(step, _nothing(len(work), k), blocks)[0]
+    # The bound allows for the largest lists; most queries probe smaller ones and end earlier.
+    longest = jnp.max(jnp.sum(work >= 0, axis=1))
+    used_blocks = (longest + tile_block - 1) // tile_block
+    return lax.fori_loop(0, used_blocks, step, _nothing(len(work), k))
 
 
 def _nothing(num_queries: int, k: int):
