@@ -1,7 +1,7 @@
 """Backend choice, written once: no name means the best supported one, a name never falls back."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -17,7 +17,7 @@ class BackendError(ValueError):
 
 def resolve(
     op: str,
-    backend: Backend | None,
+    backend: str | None,
     shape_problem: Callable[[], str | None],
     *,
     wgmma: bool = False,
@@ -77,7 +77,7 @@ def _target() -> tuple[str, str, int | None]:
     return device.platform, device.device_kind, capability
 
 
-def _default_device() -> jax.Device:
+def _default_device() -> Any:
     chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if chosen is None:
         return jax.devices()[0]

@@ -12,7 +12,7 @@ from jaxtyping import Int32, UInt32
 
 from pallas_kernels._backend import Backend, resolve
 from pallas_kernels.bloom import ref
-from pallas_kernels.bloom.config import BloomConfig, kernel_problem
+from pallas_kernels.bloom.config import BloomConfig, heuristic, kernel_problem
 
 type _Array = jax.Array | np.ndarray
 
@@ -72,7 +72,7 @@ def bloom_search(
     """
     _check(rows, row_offsets, opcodes, operands, num_head, num_items)
     width, num_steps = rows.shape[1], opcodes.shape[1]
-    tiles = config or BloomConfig.heuristic(width)
+    tiles = config or heuristic(width)
     chosen = resolve(
         "bloom_search", backend, lambda: kernel_problem(rows.shape, opcodes.shape, tiles)
     )

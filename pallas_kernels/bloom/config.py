@@ -1,7 +1,6 @@
 """Tiles of the Bloom kernel: what may be chosen, what is chosen untuned, what is supported."""
 
 from dataclasses import dataclass
-from typing import Self
 
 from pallas_kernels.bloom.program import MAX_DEPTH
 
@@ -21,21 +20,21 @@ class BloomConfig:
 
     block_words: int = 512
 
-    @classmethod
-    def heuristic(cls, bundle_words: int) -> Self:
-        """The widest tile of at most 512 words that divides a bundle of `bundle_words`."""
-        fitting = [words for words in (512, 384, 256, 128) if bundle_words % words == 0]
-        return cls(block_words=fitting[0] if fitting else WARPGROUP)
-
-    @classmethod
-    def search_space(cls, bundle_words: int) -> list[Self]:
-        """Every tile worth timing for bundles of `bundle_words`."""
-        return [cls(words) for words in (128, 256, 512, 1024) if bundle_words % words == 0]
-
     @property
     def stack_bytes(self) -> int:
         """Shared memory of one program: MAX_DEPTH pairs of tiles."""
         return MAX_DEPTH * 2 * self.block_words * 4
+
+
+def heuristic(bundle_words: int) -> BloomConfig:
+    """The widest tile of at most 512 words that divides a bundle of `bundle_words`."""
+    fitting = [words for words in (512, 256) if bundle_words % words == 0]
+    return BloomConfig(block_words=fitting[0] if fitting else WARPGROUP)
+
+
+def search_space(bundle_words: int) -> list[BloomConfig]:
+    """Every tile worth timing for bundles of `bundle_words`."""
+    return [BloomConfig(words) for words in (128, 256, 512, 1024) if bundle_words % words == 0]
 
 
 def kernel_problem(

@@ -1,4 +1,4 @@
-"""The little language of Bloom searches: postfix programs over a stack of (possibly, surely) masks."""
+"""The language of Bloom searches: postfix programs over a stack of (possibly, surely) masks."""
 
 from enum import IntEnum
 
@@ -58,7 +58,10 @@ def check_programs(
         bad_row, opcodes, "names a head row that does not exist", f"head rows are 0..{num_head - 1}"
     )
     _fail_at(
-        before < _NEEDS[safe], opcodes, "pops an empty stack", "push its operands before an operator"
+        before < _NEEDS[safe],
+        opcodes,
+        "pops an empty stack",
+        "operators follow their operands",
     )
     _fail_at(
         after > MAX_DEPTH,

@@ -1,4 +1,4 @@
-"""The XLA reference of `bloom_search`: the definition of correct, and what runs without a kernel."""
+"""The XLA reference of `bloom_search`: the definition of correct, and what a CPU runs."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ _CHUNK_WORDS = 1 << 14  # one pair of masks is 128 KB: it stays in a CPU core's 
 _ONES = 0xFFFFFFFF
 
 
-@functools.partial(jax.jit, static_argnames=("num_head", "num_items"))
+@functools.partial(jax.jit, static_argnames=("num_head", "num_items", "chunk_words"))
 def bloom_search(
     rows: UInt32[Array, "R W"],
     row_offsets: Int32[Array, "G1"],
@@ -23,6 +23,7 @@ def bloom_search(
     *,
     num_head: int,
     num_items: int,
+    chunk_words: int = _CHUNK_WORDS,
 ) -> tuple[UInt32[Array, "Q words"], UInt32[Array, "Q words"]]:
     """`pallas_kernels.bloom_search` in plain jnp; bundles are walked in cache-sized chunks.
 
@@ -34,7 +35,7 @@ def bloom_search(
     if num_bundles == 0 or width == 0 or rows.shape[0] == 0:
         # Nothing to look up: programs still decide between everything and nothing.
         rows = jnp.zeros((1, width), jnp.uint32)
-    chunks = _bundle_chunks(num_bundles, width)
+    chunks = _bundle_chunks(num_bundles, width, chunk_words)
     one_query = functools.partial(
         _search_one, rows, row_offsets, chunks, num_head=num_head, num_items=num_items
     )
@@ -50,9 +51,9 @@ def bloom_search(
     return possibly, surely
 
 
-def _bundle_chunks(num_bundles: int, width: int) -> Int32[Array, "C Gc"]:
+def _bundle_chunks(num_bundles: int, width: int, chunk_words: int) -> Int32[Array, "C Gc"]:
     """Bundle numbers cut in chunks of equal size; the last few may repeat the last bundle."""
-    most = max(1, _CHUNK_WORDS // max(width, 1))
+    most = max(1, chunk_words // max(width, 1))
     num_chunks = max(1, math.ceil(num_bundles / most))
     size = math.ceil(num_bundles / num_chunks)
     bundles = jnp.minimum(jnp.arange(num_chunks * size, dtype=jnp.int32), num_bundles - 1)

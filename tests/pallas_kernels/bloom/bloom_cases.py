@@ -52,9 +52,7 @@ def random_catalogue(
         tail_items=tail_items.astype(np.int32),
         tail_hashes=hashes[tail_terms],
     )
-    return Catalogue(
-        num_items, num_head, head_of_item, terms_of_item, hashes, rows, row_offsets
-    )
+    return Catalogue(num_items, num_head, head_of_item, terms_of_item, hashes, rows, row_offsets)
 
 
 def random_programs(
@@ -119,7 +117,10 @@ def brute_force(
                 hit = widths > 0
                 for i in np.flatnonzero(hit):
                     chosen = [
-                        first[i] + catalogue.num_head + k * widths[i] + int(argument[k]) % widths[i]
+                        first[i]
+                        + catalogue.num_head
+                        + k * widths[i]
+                        + int(argument[k]) % int(widths[i])
                         for k in range(num_hashes)
                     ]
                     hit[i] = bits[chosen, column[i]].all()
