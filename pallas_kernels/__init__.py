@@ -1,20 +1,16 @@
 """GPU kernels for recommenders, each with an XLA reference."""
 
 from pallas_kernels._backend import Backend, BackendError
+from pallas_kernels.bloom import MAX_DEPTH as BLOOM_MAX_DEPTH
 from pallas_kernels.bloom import BloomMasks, BloomOp, bloom_build, bloom_search
-from pallas_kernels.ivf import (
-    MAX_K,
-    TILE_ROWS,
-    IvfTopK,
-    ivf_search,
-    probed_tiles_bound,
-    quantise,
-    rescore,
-)
+from pallas_kernels.ivf import MAX_K as IVF_MAX_K
+from pallas_kernels.ivf import TILE_ROWS as IVF_TILE_ROWS
+from pallas_kernels.ivf import IvfTopK, ivf_search, probed_tiles_bound, quantise, rescore
 
 __all__ = [
-    "MAX_K",
-    "TILE_ROWS",
+    "BLOOM_MAX_DEPTH",
+    "IVF_MAX_K",
+    "IVF_TILE_ROWS",
     "Backend",
     "BackendError",
     "BloomMasks",

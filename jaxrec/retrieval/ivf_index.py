@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt32
 
 from jaxrec.retrieval.kmeans import assign, kmeans, normalise
 from pallas_kernels import (
-    MAX_K,
-    TILE_ROWS,
+    IVF_MAX_K,
+    IVF_TILE_ROWS,
     ivf_search,
     probed_tiles_bound,
     quantise,
@@ -196,7 +196,7 @@ class IVFIndex:
         points = normalise(jnp.asarray(rows)) if self.metric == "cosine" else jnp.asarray(rows)
         row_ids, vectors = np.asarray(self.row_ids), np.asarray(self.vectors)
         kept = np.flatnonzero((row_ids >= 0) & ~np.isin(row_ids, new_ids))
-        lists = np.repeat(np.arange(self.nlist), np.diff(self.tile_offsets) * TILE_ROWS)
+        lists = np.repeat(np.arange(self.nlist), np.diff(self.tile_offsets) * IVF_TILE_ROWS)
         return _lay_out(
             self.centroids,
             np.concatenate([lists[kept], np.asarray(assign(points, self.centroids))]),
@@ -232,9 +232,9 @@ def pack_bits(bits: Bool[np.ndarray, "R"]) -> UInt32[np.ndarray, "words"]:
 
 def check_search(index: IVFIndex, k: int, nprobe: int) -> None:
     """Raises ValueError unless the index can be asked for k items of nprobe lists."""
-    if not 1 <= k <= min(index.num_items, MAX_K):
-        limit = f"{index.num_items} items" if index.num_items < MAX_K else f"a limit of {MAX_K}"
-        raise ValueError(f"k is {k}; expected 1 to {min(index.num_items, MAX_K)} ({limit})")
+    if not 1 <= k <= min(index.num_items, IVF_MAX_K):
+        limit = f"{index.num_items} items" if index.num_items < IVF_MAX_K else f"a limit of {IVF_MAX_K}"
+        raise ValueError(f"k is {k}; expected 1 to {min(index.num_items, IVF_MAX_K)} ({limit})")
     if not 1 <= nprobe <= index.nlist:
         raise ValueError(f"nprobe is {nprobe}; expected 1 to {index.nlist}, the number of lists")
 
@@ -262,11 +262,11 @@ def _lay_out(centroids, lists, ids, vectors, metric: Metric) -> IVFIndex:
     nlist, width = centroids.shape
     order = np.lexsort((ids, lists))
     counts = np.bincount(lists, minlength=nlist)
-    tiles = -(-counts // TILE_ROWS)
+    tiles = -(-counts // IVF_TILE_ROWS)
     tile_offsets = np.concatenate([[0], np.cumsum(tiles)]).astype(np.int32)
     first_in_order = np.concatenate([[0], np.cumsum(counts)])[:-1]
-    places = np.arange(len(order)) + (tile_offsets[:-1] * TILE_ROWS - first_in_order)[lists[order]]
-    num_rows = int(tile_offsets[-1]) * TILE_ROWS
+    places = np.arange(len(order)) + (tile_offsets[:-1] * IVF_TILE_ROWS - first_in_order)[lists[order]]
+    num_rows = int(tile_offsets[-1]) * IVF_TILE_ROWS
     row_ids = np.full(num_rows, -1, np.int32)
     row_ids[places] = ids[order]
     row_vectors = np.zeros((num_rows, width), vectors.dtype)
@@ -325,7 +325,7 @@ def search_rows(
         queries = normalise(queries)
     offsets = np.concatenate([[0], np.cumsum(np.frombuffer(index.list_tiles, np.int32))])
     bound = probed_tiles_bound(offsets.astype(np.int32), nprobe)
-    scan_k = min(k + k // 2 + 32, max(k, index.num_items), MAX_K) if precision == "rescored" else k
+    scan_k = min(k + k // 2 + 32, max(k, index.num_items), IVF_MAX_K) if precision == "rescored" else k
     scan = functools.partial(ivf_search, queries, index.centroids, k=scan_k, nprobe=nprobe,
                              max_tiles=bound)  # fmt: skip
     rest = (index.tile_offsets, index.live, row_mask)

@@ -21,10 +21,10 @@ from jaxrec.retrieval.filters import (
     Term,
 )
 from jaxrec.retrieval.terms import TermCatalog, row_hashes
-from pallas_kernels import MAX_DEPTH, BloomOp
+from pallas_kernels import BLOOM_MAX_DEPTH, BloomOp
 
 _EXACT_STACK_BITS = 32
-assert MAX_DEPTH < _EXACT_STACK_BITS
+assert BLOOM_MAX_DEPTH < _EXACT_STACK_BITS
 
 type _Array = jax.Array | np.ndarray
 
@@ -84,10 +84,10 @@ def _term_op(number: int, catalog: TermCatalog) -> BloomOp:
 def _program(tree: Filter) -> list[Term | BloomOp]:
     """Postfix steps; an n-ary node starts with its deepest operand and folds in the others."""
     depth, steps = _steps(tree)
-    if depth > MAX_DEPTH:
+    if depth > BLOOM_MAX_DEPTH:
         raise FilterError(
             f"the filter is too entangled: it needs a stack of {depth} masks, the limit is "
-            f"{MAX_DEPTH}; rewrite it with fewer alternating AND and OR levels"
+            f"{BLOOM_MAX_DEPTH}; rewrite it with fewer alternating AND and OR levels"
         )
     return steps
 
