@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Int, Int32, UInt32
 
 from jaxrec.retrieval.filters import (
@@ -161,6 +162,22 @@ class BloomIndex:
         bits = np.uint32(1) << (positions % 32).astype(np.uint32)
         np.bitwise_and.at(mask, (queries, positions // 32), ~bits)
         return jnp.asarray(mask)
+
+    def exact_mask(self, plan: FilterPlan) -> UInt32[Array, "Q words"]:
+        """What `search(plan, exact=True)` gives, traceable: evaluates every item, query by query.
+
+        Cost: P · log2(most terms of an item) gathers for each of the Q · N pairs.
+        """
+        positions = jnp.arange(self.live.shape[0] * 32, dtype=jnp.int32)
+        positions = jnp.minimum(positions, self.num_items - 1)
+        lanes = jnp.arange(32, dtype=jnp.uint32)
+
+        def one_query(query):
+            passes = self._evaluate(plan, jnp.full_like(positions, query), positions)
+            bits = passes.reshape(-1, 32).astype(jnp.uint32) << lanes
+            return jnp.sum(bits, axis=1, dtype=jnp.uint32) & self.live
+
+        return lax.map(one_query, jnp.arange(plan.opcodes.shape[0], dtype=jnp.int32))
 
     def verify(
         self, plan: FilterPlan, rows: Int32[_Array, "Q M"]

@@ -224,6 +224,39 @@ class IVFIndex:
         )
 
 
+def tune_nprobe(
+    index: IVFIndex, key: Key[Array, ""], *, recall: float = 0.95, k: int = 100, samples: int = 256
+) -> tuple[int, float]:
+    """The fewest lists that hold `recall` of the true top k, and what they hold.
+
+    Measured with sampled items as queries: each query's true top k comes from a scan of all rows,
+    and the ranks of the lists they lie in tell the recall of every nprobe at once. Host only.
+    """
+    rows = np.flatnonzero(np.asarray(index.row_ids) >= 0)
+    picked = jax.random.choice(key, len(rows), (min(samples, len(rows)),), replace=False)
+    queries = index.vectors[rows[np.asarray(picked)]].astype(jnp.float32)
+    best = search_rows(
+        index, queries, None, k=min(k, index.num_items), nprobe=index.nlist, precision="float"
+    )
+    lists = list_of_row(index, np.asarray(best.rows))
+    ranks = np.argsort(np.argsort(-list_scores(index, queries), axis=1), axis=1)
+    needed = np.sort(np.take_along_axis(ranks, lists, axis=1).ravel())
+    nprobe = int(needed[int(np.ceil(recall * needed.size)) - 1]) + 1
+    return nprobe, float((needed < nprobe).mean())
+
+
+def list_of_row(index: IVFIndex, rows: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+    """The list that each row belongs to. Host only."""
+    return np.searchsorted(np.asarray(index.tile_offsets), rows // IVF_TILE_ROWS, side="right") - 1
+
+
+def list_scores(index: IVFIndex, queries: Float[_Array, "Q D"]) -> Float32[np.ndarray, "Q C"]:
+    """What the lists are probed by: inner products of queries and centroids. Host only."""
+    queries = jnp.asarray(queries, jnp.float32)
+    queries = normalise(queries) if index.metric == "cosine" else queries
+    return np.asarray(jnp.matmul(queries, index.centroids.T, precision=lax.Precision.HIGHEST))
+
+
 def pack_bits(bits: Bool[np.ndarray, "R"]) -> UInt32[np.ndarray, "words"]:
     """Bit i % 32 of word i // 32; the last word is filled up with zeros. Host only."""
     padded = np.pad(bits, (0, -len(bits) % 32))
