@@ -26,6 +26,7 @@ from jaxrec.retrieval.filters import (
     parse_filter,
     unknown_feature,
 )
+from jaxrec.retrieval.masks import pack_bits, set_bits
 from jaxrec.retrieval.plan import FilterPlan, compile_plan, evaluate
 from jaxrec.retrieval.terms import ItemTerms, TermCatalog, collect_terms, row_hashes
 from pallas_kernels import BloomMasks, bloom_build, bloom_search
@@ -117,7 +118,7 @@ class BloomIndex:
         return cls(
             rows=jnp.asarray(rows),
             row_offsets=jnp.asarray(row_offsets),
-            live=jnp.asarray(_pack(placed >= 0)),
+            live=jnp.asarray(pack_bits(placed >= 0)),
             term_offsets=jnp.asarray(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)),
             term_values=jnp.asarray(pairs.terms),
             num_items=pairs.num_items,
@@ -156,7 +157,7 @@ class BloomIndex:
         if not exact:
             return possibly
         mask = np.array(possibly)
-        queries, positions = _set_bits(mask & ~np.asarray(surely))
+        queries, positions = set_bits(mask & ~np.asarray(surely))
         wrong = ~self._verify_pairs(plan, queries, positions)
         queries, positions = queries[wrong], positions[wrong]
         bits = np.uint32(1) << (positions % 32).astype(np.uint32)
@@ -179,9 +180,7 @@ class BloomIndex:
 
         return lax.map(one_query, jnp.arange(plan.opcodes.shape[0], dtype=jnp.int32))
 
-    def verify(
-        self, plan: FilterPlan, rows: Int32[_Array, "Q M"]
-    ) -> Bool[Array, "Q M"]:
+    def verify(self, plan: FilterPlan, rows: Int32[_Array, "Q M"]) -> Bool[Array, "Q M"]:
         """Whether each query's own items (bit positions) pass, exactly; False for -1. Traceable."""
         queries = jnp.broadcast_to(jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None], rows.shape)
         safe = jnp.maximum(rows, 0).ravel()
@@ -190,13 +189,15 @@ class BloomIndex:
         return passes & (rows >= 0) & held.reshape(rows.shape).astype(bool)
 
     def explain(self, filter: FilterLike, item: int) -> str | None:
-        """The smallest part of the filter that turns the item (bit position) away; None if it passes.
+        """The smallest part of the filter that rejects the item (bit position); None if it passes.
 
         Raises:
           ValueError: no such item.
         """
         if not 0 <= item < self.num_items:
-            raise ValueError(f"item is {item}; the index has the positions 0 to {self.num_items - 1}")
+            raise ValueError(
+                f"item is {item}; the index has the positions 0 to {self.num_items - 1}"
+            )
         begin, end = np.asarray(self.term_offsets[item : item + 2])
         held = {int(term) for term in self.term_values[begin:end]}
         rejecting = _rejecting(self._tree(filter), lambda t: self._number(t) in held)
@@ -234,14 +235,6 @@ class BloomIndex:
         return np.concatenate(passes) if passes else np.zeros(0, bool)
 
 
-def unpack_mask(mask: UInt32[_Array, "Q words"], num_items: int) -> Bool[Array, "Q {num_items}"]:
-    """One bool an item instead of one bit."""
-    if num_items > mask.shape[1] * 32:
-        raise ValueError(f"{mask.shape[1]} words hold {mask.shape[1] * 32} items, not {num_items}")
-    bits = (jnp.asarray(mask)[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return bits.reshape(mask.shape[0], -1)[:, :num_items].astype(bool)
-
-
 def terms_of(tree: Filter) -> list[Term]:
     """All terms of a tree, from left to right."""
     match tree:
@@ -275,26 +268,13 @@ def _rejecting(tree: Filter, holds) -> Filter | None:
     return tree
 
 
-def _pack(bits: np.ndarray) -> np.ndarray:
-    padded = np.pad(bits, (0, -len(bits) % 32))
-    return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
-
-
-def _set_bits(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(query, position) of every bit that is set."""
-    queries, words = np.nonzero(mask)
-    bits = (mask[queries, words][:, None] >> np.arange(32, dtype=np.uint32)) & 1
-    which, lanes = np.nonzero(bits)
-    return queries[which], words[which] * 32 + lanes
-
-
 def _reordered(pairs: ItemTerms, order: np.ndarray) -> ItemTerms:
     """The pairs with items replaced by their positions; items without a position go."""
     placed = np.flatnonzero(order >= 0)
     items = order[placed]
     if items.size and items.max() >= pairs.num_items:
         raise ValueError(
-            f"order names item {items.max()}; the features describe items 0 to {pairs.num_items - 1}"
+            f"order names item {items.max()}; the features describe {pairs.num_items} items"
         )
     if len(np.unique(items)) != len(items):
         raise ValueError("order names an item more than once")
@@ -336,7 +316,7 @@ def _bit_rows(
 def _bundle_widths(
     tail_counts: np.ndarray, bundle_items: int, max_fpr: float, num_hashes: int
 ) -> Int32[np.ndarray, "G"]:
-    """For each bundle the fewest rows a partition whose mean false positive rate is at most max_fpr.
+    """For each bundle the fewest rows a partition for a mean false positive rate of `max_fpr`.
 
     An item with n terms sets n of the w rows of a partition, with repeats, so it matches a foreign
     term with probability (1 - (1 - 1/w)^n)^K. Found by bisection for all bundles at once.

@@ -352,7 +352,7 @@ class _Parser:
             raise self.fail(token, "a value (quote values that hold spaces or symbols)")
         return token
 
-    def values(self, feature: str) -> list[Filter]:
+    def values(self, feature: str) -> list[Term]:
         if self.tokens[self.at].kind == "]":
             self.at += 1
             return []

@@ -1,4 +1,4 @@
-"""An inverted-file index over item embeddings: int8 codes in list order, and the rows themselves."""
+"""An inverted-file index over item embeddings: rows in list order, as int8 codes and in full."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt32
 
 from jaxrec.retrieval.kmeans import assign, kmeans, normalise
+from jaxrec.retrieval.masks import pack_bits, to_row_order
 from pallas_kernels import (
     IVF_MAX_K,
     IVF_TILE_ROWS,
@@ -29,7 +30,7 @@ class SearchResult(NamedTuple):
     """The best items of each query, best first.
 
     Attributes:
-      scores: inner products (cosines for the cosine metric); -inf behind the filled slots; f32[Q, k].
+      scores: inner products, or cosines; -inf behind the filled slots; f32[Q, k].
       ids: item ids; -1 there; i32[Q, k].
       filled: slots that hold an item; i32[Q].
       exact: these are certainly the best of all eligible items, by f32 scores; false means "not
@@ -43,7 +44,7 @@ class SearchResult(NamedTuple):
 
 
 class RowResult(NamedTuple):
-    """A `SearchResult` of row numbers instead of ids: rows i32[Q, k], -1 behind the filled slots."""
+    """A `SearchResult` of row numbers, not ids: rows i32[Q, k], -1 behind the filled slots."""
 
     scores: Float32[Array, "Q k"]
     rows: Int32[Array, "Q k"]
@@ -178,9 +179,7 @@ class IVFIndex:
             raise ValueError(f"a row-order mask has {words} words, not {mask.shape[1]}")
         return _search_ids(self, queries, mask, k, nprobe, mask_order, precision)
 
-    def upsert(
-        self, ids: Int[_Array, "M"], embeddings: Float[_Array, "M D"]
-    ) -> "IVFIndex":
+    def upsert(self, ids: Int[_Array, "M"], embeddings: Float[_Array, "M D"]) -> "IVFIndex":
         """A new index in which these items have these embeddings; new ids are added.
 
         Centroids stay, every other item stays in its list, and rows move: build a `BloomIndex` of
@@ -192,7 +191,9 @@ class IVFIndex:
         rows = np.asarray(embeddings, np.float32)
         new_ids = _checked_ids(ids, rows)
         if rows.shape[1] != self.codes.shape[1]:
-            raise ValueError(f"rows are {rows.shape[1]} wide; the index holds {self.codes.shape[1]}")
+            raise ValueError(
+                f"rows are {rows.shape[1]} wide; the index holds {self.codes.shape[1]}"
+            )
         points = normalise(jnp.asarray(rows)) if self.metric == "cosine" else jnp.asarray(rows)
         row_ids, vectors = np.asarray(self.row_ids), np.asarray(self.vectors)
         kept = np.flatnonzero((row_ids >= 0) & ~np.isin(row_ids, new_ids))
@@ -257,16 +258,12 @@ def list_scores(index: IVFIndex, queries: Float[_Array, "Q D"]) -> Float32[np.nd
     return np.asarray(jnp.matmul(queries, index.centroids.T, precision=lax.Precision.HIGHEST))
 
 
-def pack_bits(bits: Bool[np.ndarray, "R"]) -> UInt32[np.ndarray, "words"]:
-    """Bit i % 32 of word i // 32; the last word is filled up with zeros. Host only."""
-    padded = np.pad(bits, (0, -len(bits) % 32))
-    return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
-
-
 def check_search(index: IVFIndex, k: int, nprobe: int) -> None:
     """Raises ValueError unless the index can be asked for k items of nprobe lists."""
     if not 1 <= k <= min(index.num_items, IVF_MAX_K):
-        limit = f"{index.num_items} items" if index.num_items < IVF_MAX_K else f"a limit of {IVF_MAX_K}"
+        limit = (
+            f"{index.num_items} items" if index.num_items < IVF_MAX_K else f"a limit of {IVF_MAX_K}"
+        )
         raise ValueError(f"k is {k}; expected 1 to {min(index.num_items, IVF_MAX_K)} ({limit})")
     if not 1 <= nprobe <= index.nlist:
         raise ValueError(f"nprobe is {nprobe}; expected 1 to {index.nlist}, the number of lists")
@@ -298,7 +295,9 @@ def _lay_out(centroids, lists, ids, vectors, metric: Metric) -> IVFIndex:
     tiles = -(-counts // IVF_TILE_ROWS)
     tile_offsets = np.concatenate([[0], np.cumsum(tiles)]).astype(np.int32)
     first_in_order = np.concatenate([[0], np.cumsum(counts)])[:-1]
-    places = np.arange(len(order)) + (tile_offsets[:-1] * IVF_TILE_ROWS - first_in_order)[lists[order]]
+    places = (
+        np.arange(len(order)) + (tile_offsets[:-1] * IVF_TILE_ROWS - first_in_order)[lists[order]]
+    )
     num_rows = int(tile_offsets[-1]) * IVF_TILE_ROWS
     row_ids = np.full(num_rows, -1, np.int32)
     row_ids[places] = ids[order]
@@ -331,7 +330,7 @@ def _quantise_with_bounds(vectors):
 @functools.partial(jax.jit, static_argnames=("k", "nprobe", "mask_order", "precision"))
 def _search_ids(index, queries, mask, k, nprobe, mask_order, precision) -> SearchResult:
     if mask is not None and mask_order == "item":
-        mask = _to_row_order(mask, index.row_ids)
+        mask = to_row_order(mask, index.row_ids)
     found = search_rows(index, queries, mask, k=k, nprobe=nprobe, precision=precision)
     return with_ids(index, found)
 
@@ -358,7 +357,9 @@ def search_rows(
         queries = normalise(queries)
     offsets = np.concatenate([[0], np.cumsum(np.frombuffer(index.list_tiles, np.int32))])
     bound = probed_tiles_bound(offsets.astype(np.int32), nprobe)
-    scan_k = min(k + k // 2 + 32, max(k, index.num_items), IVF_MAX_K) if precision == "rescored" else k
+    scan_k = (
+        min(k + k // 2 + 32, max(k, index.num_items), IVF_MAX_K) if precision == "rescored" else k
+    )
     scan = functools.partial(ivf_search, queries, index.centroids, k=scan_k, nprobe=nprobe,
                              max_tiles=bound)  # fmt: skip
     rest = (index.tile_offsets, index.live, row_mask)
@@ -385,16 +386,3 @@ def _score_error(queries, error_bounds) -> Float32[Array, "Q"]:
     coded = codes * scales[:, None]
     norm = functools.partial(jnp.linalg.norm, axis=1)
     return 1.001 * (norm(queries - coded) * error_bounds[0] + norm(coded) * error_bounds[1])
-
-
-def _to_row_order(mask, row_ids) -> UInt32[Array, "Q words"]:
-    """Bit r of the result is bit row_ids[r] of the mask; 0 for row_ids outside the mask."""
-    inside = (row_ids >= 0) & (row_ids < mask.shape[1] * 32)
-    safe = jnp.where(inside, row_ids, 0)
-    lanes = jnp.arange(32, dtype=jnp.uint32)
-
-    def one_query(words):
-        bits = (words[safe // 32] >> (safe % 32).astype(jnp.uint32)) & inside
-        return jnp.sum(bits.reshape(-1, 32) << lanes, axis=1, dtype=jnp.uint32)
-
-    return lax.map(one_query, jnp.asarray(mask))

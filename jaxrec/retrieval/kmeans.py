@@ -50,7 +50,7 @@ def _lloyd(key, points, num_clusters: int, iterations: int, spherical: bool):
     start = jax.random.choice(key, points.shape[0], (num_clusters,), replace=False)
 
     def step(centroids, _):
-        clusters, sums, counts, distances = _assign_and_sum(points, centroids)
+        _, sums, counts, distances = _assign_and_sum(points, centroids)
         moved = sums / jnp.maximum(counts, 1)[:, None]
         empty = counts == 0
         farthest = lax.top_k(distances, num_clusters)[1]
@@ -69,9 +69,7 @@ def normalise(x: Float[Array, "N D"]) -> Float32[Array, "N D"]:
 
 
 @jax.jit
-def assign(
-    points: Float[Array, "N D"], centroids: Float[Array, "C D"]
-) -> Int32[Array, "N"]:
+def assign(points: Float[Array, "N D"], centroids: Float[Array, "C D"]) -> Int32[Array, "N"]:
     """The nearest centroid (least squared distance) of each point."""
     chunks, num_points = _chunked(points.astype(jnp.float32))
     clusters = lax.map(lambda chunk: _nearest(chunk, centroids)[0], chunks)

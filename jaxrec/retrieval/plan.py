@@ -45,9 +45,7 @@ class FilterPlan(NamedTuple):
     term_ids: Int32[_Array, "Q P"]
 
 
-def compile_plan(
-    filters: Sequence[Filter], catalog: TermCatalog, num_hashes: int
-) -> FilterPlan:
+def compile_plan(filters: Sequence[Filter], catalog: TermCatalog, num_hashes: int) -> FilterPlan:
     """The programs of `filters`; terms that no item has become NONE.
 
     Raises:

@@ -40,9 +40,13 @@ class IndexState(nnx.Variable):
 class UserTower(Protocol):
     """What a model needs to be served; row 0 of the item embeddings is padding."""
 
-    def encode(self, batch: JaggedBatch, *, deterministic: bool = True) -> Float[Array, "T D"]: ...
+    def encode(self, batch: JaggedBatch, *, deterministic: bool = True) -> Float[Array, "T D"]:
+        """A hidden state for each token, from the tokens of its sequence up to it."""
+        ...
 
-    def item_embeddings(self) -> Float[Array, "V D"]: ...
+    def item_embeddings(self) -> Float[Array, "V D"]:
+        """The vectors that hidden states are compared with."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,7 +258,9 @@ class Retriever(nnx.Module):
           ValueError: the retriever was built without a vocabulary.
         """
         if self.vocabulary is None:
-            raise ValueError("this retriever has no vocabulary; pass vocabulary= when publishing it")
+            raise ValueError(
+                "this retriever has no vocabulary; pass vocabulary= when publishing it"
+            )
         names = self.vocabulary.raw_ids
         return [[names[i - 1] for i in row if i > 0] for row in np.asarray(ids)]
 
@@ -270,14 +276,14 @@ def _tower(model: nnx.Module) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
-def _retrieve(
-    graphdef, state, batch, plan, k, nprobe, precision, exclude_history
-) -> SearchResult:
+def _retrieve(graphdef, state, batch, plan, k, nprobe, precision, exclude_history) -> SearchResult:
     retriever = nnx.merge(graphdef, state)
     ivf, bloom = retriever.ivf, retriever.bloom
     seen = history_mask(batch, ivf.row_ids) if exclude_history else None
     queries = retriever.queries(batch)
-    found = search_eligible(ivf, bloom, plan, queries, seen, k=k, nprobe=nprobe, precision=precision)
+    found = search_eligible(
+        ivf, bloom, plan, queries, seen, k=k, nprobe=nprobe, precision=precision
+    )
     return with_ids(ivf, found)
 
 
@@ -298,8 +304,11 @@ def search_eligible(
     only for these queries' results: the probed lists; all lists, without the false positives found
     so far; all lists with the exact mask.
     """
+
     def allowed(mask):
-        return mask & bloom.live & ivf.live & (~excluded if excluded is not None else ~jnp.uint32(0))
+        return (
+            mask & bloom.live & ivf.live & (~excluded if excluded is not None else ~jnp.uint32(0))
+        )
 
     fetch = max(k, min(k + k // 4 + 32, ivf.num_items, IVF_MAX_K))
     search = functools.partial(
@@ -349,9 +358,7 @@ def _without_rows(mask, rows, chosen) -> UInt32[Array, "Q words"]:
     return mask.at[queries, jnp.maximum(rows, 0) // 32].add(-bits)
 
 
-def history_mask(
-    batch: JaggedBatch, row_ids: Int32[_Array, "R"]
-) -> UInt32[Array, "M words"]:
+def history_mask(batch: JaggedBatch, row_ids: Int32[_Array, "R"]) -> UInt32[Array, "M words"]:
     """Bits of the rows whose items stand in the query's sequence, up to its target position.
 
     Cost: M · T elements are sorted, and scattered to M · R bits.

@@ -143,13 +143,11 @@ def _collision_free(texts: list[str]) -> tuple[int, UInt64[np.ndarray, "n"]]:
     raise FilterError("16 hash functions in a row collide on the catalogue's values")
 
 
-def _column(
-    name: str, column: Any
-) -> tuple[Int[np.ndarray, "n"], list[str], Int[np.ndarray, "n"]]:
+def _column(name: str, column: Any) -> tuple[Int[np.ndarray, "n"], list[str], Int[np.ndarray, "n"]]:
     """(item of each pair, distinct values as text, value number of each pair) of one feature."""
     if isinstance(column, np.ndarray) and column.ndim == 1 and column.dtype.kind in "iub":
-        values, ranks = np.unique(column, return_inverse=True)
-        return np.arange(len(column)), [value_text(value) for value in values], ranks
+        values, inverse = np.unique(column, return_inverse=True)
+        return np.arange(len(column)), [value_text(value) for value in values], inverse
     items: list[int] = []
     ranks: list[int] = []
     numbers: dict[str, int] = {}

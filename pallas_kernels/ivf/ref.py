@@ -94,9 +94,7 @@ def ivf_search(
 
 
 def _probed_lists(queries, centroids, nprobe: int) -> Int32[Array, "Q nprobe"]:
-    scores = jnp.matmul(
-        queries, centroids.astype(jnp.float32).T, precision=lax.Precision.HIGHEST
-    )
+    scores = jnp.matmul(queries, centroids.astype(jnp.float32).T, precision=lax.Precision.HIGHEST)
     return lax.top_k(scores, nprobe)[1]
 
 
@@ -192,9 +190,7 @@ def _scan_rows(scorer: _Scorer, k: int, row_block: int):
 def _scan_work_list(scorer: _Scorer, work: Int32[Array, "Q t"], k: int, tile_block: int):
     tile_block = max(1, min(tile_block, work.shape[1]))
     num_blocks = -(-work.shape[1] // tile_block)
-    work = jnp.pad(
-        work, ((0, 0), (0, num_blocks * tile_block - work.shape[1])), constant_values=-1
-    )
+    work = jnp.pad(work, ((0, 0), (0, num_blocks * tile_block - work.shape[1])), constant_values=-1)
 
     def step(block, best):
         tiles = lax.dynamic_slice_in_dim(work, block * tile_block, tile_block, axis=1)
