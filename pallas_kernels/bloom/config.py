@@ -6,7 +6,7 @@ from pallas_kernels.bloom.program import MAX_DEPTH
 
 WARPGROUP = 128
 STACK_SLOTS = MAX_DEPTH - 1  # the topmost pair is in registers
-MAX_BLOCK_WORDS = 1024  # wider tiles spill registers
+MAX_BLOCK_WORDS = 1024  # wider tiles leave room for two programs an SM
 MAX_GRID_Y = 65_535
 
 
@@ -15,8 +15,9 @@ class BloomConfig:
     """Tiles of the kernel.
 
     Attributes:
-      block_words: words of one program's tile; a multiple of 128, up to 1024, that divides W. 512 gives each
-        thread one 16-byte load a row, and a stack of 28 KB, so seven programs fit an SM.
+      block_words: words of one program's tile; a multiple of 128, up to 1024, that divides W.
+        512 gives each thread one 16-byte load a row and a stack of 28 KB, so that seven programs
+        fit an SM.
     """
 
     block_words: int = 512
