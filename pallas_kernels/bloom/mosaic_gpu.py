@@ -59,7 +59,7 @@ def _kernel(
     words = pl.ds(lax.rem(tile, tiles_per_bundle) * block_words, block_words)
     first_row = row_offsets[bundle]
     width = lax.div(row_offsets[bundle + 1] - first_row - num_head, num_hashes)
-    vec_size = min(4, block_words // WARPGROUP)
+    vec_size = next(size for size in (4, 2, 1) if block_words % (WARPGROUP * size) == 0)
     layout = plgpu.Layout.WG_STRIDED((block_words,), vec_size=vec_size)
 
     def constant(word):
@@ -186,6 +186,7 @@ def bloom_search(
         grid=(num_words // config.block_words, num_queries),
         grid_names=("tile", "query"),
         scratch_types=[plgpu.SMEM((STACK_SLOTS, 2, config.block_words), jnp.uint32)],
+        # Safe, since no thread reads what another wrote: see `_kernel`.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         kernel_name=KERNEL_NAME,
     )
