@@ -60,7 +60,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     on_gpu = jax.default_backend() == "gpu"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Times Bloom searches.")
     parser.add_argument(
         "--workloads",
         nargs="+",

@@ -1,5 +1,6 @@
 """The Bloom kernel as the compiler sees it: registers, spills, vector loads, no scratch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -39,6 +40,14 @@ def test_machine_code(block_words, max_registers, width):
     assert kernel.count(f"LDS.{width}") == 2 * 2 * vectors, "AND and OR read both masks"
     assert kernel.count("BRX") == 1, "instructions are dispatched by one jump"
     assert kernel.count("BAR") <= 1, "no barrier inside the loop"
+
+
+def test_tile_of_an_odd_number_of_words_a_thread():
+    workload = dataclasses.replace(WORKLOADS["tiny"], bundle_words=384)
+    run = functools.partial(workload.run, backend="mosaic_gpu", config=BloomConfig(384))
+    kernel = compile_for_h200(run, *workload.shapes()).kernel("bloom_search_mosaic_gpu")
+    assert kernel.spill_store_bytes == 0
+    assert kernel.count("LDG.E") >= LEAF_SITES * (1 + workload.num_hashes) * 3
 
 
 def test_no_name_means_the_kernel_on_an_h200():

@@ -62,22 +62,24 @@ def test_wrong_programs_stay_inside_the_arrays():
 
 
 @pytest.mark.parametrize(
-    ("rows", "tile", "problem"),
+    ("rows", "bundles", "tile", "problem"),
     [
-        ((10, 100), 128, "bundles of 100 words"),
-        ((10, 384), 256, "block_words=256"),
-        ((10, 4096), 4096, "bytes of shared memory"),
-        ((0, 128), 128, "without rows"),
+        ((10, 100), 1, 128, "bundles of 100 words"),
+        ((10, 384), 1, 256, "block_words=256"),
+        ((10, 2048), 1, 2048, "up to 1024"),
+        ((10, 128), 1, 0, "block_words=0"),
+        ((0, 128), 1, 128, "without rows"),
+        ((10, 256), 40_000, 128, "more than 65535 tiles"),
     ],
 )
-def test_unsupported_shapes_are_explained(rows, tile, problem):
-    assert problem in (kernel_problem(rows, (2, 3), BloomConfig(tile)) or "")
+def test_unsupported_shapes_are_explained(rows, bundles, tile, problem):
+    assert problem in (kernel_problem(rows, bundles, 2, BloomConfig(tile)) or "")
 
 
 @pytest.mark.parametrize("bundle_words", [128, 256, 384, 512, 640, 1024])
 def test_heuristic_and_search_space_are_supported(bundle_words):
     for config in [heuristic(bundle_words), *search_space(bundle_words)]:
-        assert kernel_problem((10, bundle_words), (2, 3), config) is None
+        assert kernel_problem((10, bundle_words), 3, 2, config) is None
 
 
 @pytest.mark.gpu
