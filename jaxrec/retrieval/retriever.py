@@ -40,7 +40,7 @@ class IndexState(nnx.Variable):
 class UserTower(Protocol):
     """What a model needs to be served; row 0 of the item embeddings is padding."""
 
-    def encode(self, batch: JaggedBatch, *, deterministic: bool = True) -> Float[Array, "T D"]:
+    def encode(self, batch: JaggedBatch) -> Float[Array, "T D"]:
         """A hidden state for each token, from the tokens of its sequence up to it."""
         ...
 
@@ -172,7 +172,7 @@ class Retriever(nnx.Module):
 
     def queries(self, batch: JaggedBatch) -> Float32[Array, "M D"]:
         """Query vectors: the tower's output at each target position."""
-        hidden = _tower(self.model).encode(batch, deterministic=True)
+        hidden = _tower(self.model).encode(batch)
         return hidden[jnp.asarray(batch.target_positions)].astype(jnp.float32)
 
     def __call__(
@@ -270,7 +270,7 @@ def _tower(model: nnx.Module) -> Any:
         if not callable(getattr(model, method, None)):
             raise ValueError(
                 f"{type(model).__name__} has no method {method}; a model is served by "
-                "encode(batch, deterministic=True) and item_embeddings()"
+                "encode(batch) and item_embeddings()"
             )
     return model
 
