@@ -145,7 +145,7 @@ class IVFIndex:
         *,
         k: int,
         nprobe: int,
-        mask: UInt32[_Array, "Q words"] | None = None,
+        mask: UInt32[_Array, "masks words"] | None = None,
         mask_order: Literal["item", "row"] = "item",
         precision: Precision = "rescored",
     ) -> SearchResult:
@@ -179,7 +179,7 @@ class IVFIndex:
             raise ValueError(f"a row-order mask has {words} words, not {mask.shape[1]}")
         return _search_ids(self, queries, mask, k, nprobe, mask_order, precision)
 
-    def upsert(self, ids: Int[_Array, "M"], embeddings: Float[_Array, "M D"]) -> "IVFIndex":
+    def upsert(self, ids: Int[_Array, "M"], embeddings: Float[_Array, "rows D"]) -> "IVFIndex":
         """A new index in which these items have these embeddings; new ids are added.
 
         Centroids stay, every other item stays in its list, and rows move: build a `BloomIndex` of

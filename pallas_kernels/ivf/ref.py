@@ -132,7 +132,7 @@ class _Scorer:
         scores = _products(self.queries, codes) * (self.query_scales[:, None] * scales)
         return jnp.where(_bits(words), scores, -jnp.inf)
 
-    def tiles(self, tiles: Int32[Array, "Q t"]) -> Float32[Array, "Q t*64"]:
+    def tiles(self, tiles: Int32[Array, "Q t"]) -> Float32[Array, "Q rows"]:
         """Each query's own tiles; -inf for tile -1.
 
         A CPU takes the queries one by one: XLA has fast int8 products there, but not batched ones.
@@ -144,7 +144,7 @@ class _Scorer:
             default=jax.vmap(self._own_tiles),
         )
 
-    def _own_tiles(self, operands) -> Float32[Array, "t*64"]:
+    def _own_tiles(self, operands) -> Float32[Array, "rows"]:
         query, query_scale, tiles, mask = operands
         safe = jnp.maximum(tiles, 0)
         codes = self.codes.reshape(-1, TILE_ROWS, len(query))[safe].reshape(-1, len(query))
@@ -166,7 +166,7 @@ def _products(queries, codes) -> Float32[Array, "Q n"]:
     return lax.dot_general(queries, codes, dims, precision=lax.Precision.HIGHEST)
 
 
-def _bits(words: UInt32[Array, "Q n"]) -> Bool[Array, "Q n*32"]:
+def _bits(words: UInt32[Array, "Q n"]) -> Bool[Array, "Q bits"]:
     bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return bits.reshape(words.shape[0], -1).astype(bool)
 
