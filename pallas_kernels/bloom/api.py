@@ -74,7 +74,9 @@ def bloom_search(
     width, num_steps = rows.shape[1], opcodes.shape[1]
     tiles = config or heuristic(width)
     chosen = resolve(
-        "bloom_search", backend, lambda: kernel_problem(rows.shape, opcodes.shape, tiles)
+        "bloom_search",
+        backend,
+        lambda: kernel_problem(rows.shape, row_offsets.shape[0] - 1, opcodes.shape[0], tiles),
     )
     if chosen == "xla" or num_steps == 0:
         run = ref.bloom_search

@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32, UInt32
 
-from pallas_kernels.bloom.config import WARPGROUP, BloomConfig
-from pallas_kernels.bloom.program import MAX_DEPTH, BloomOp
+from pallas_kernels.bloom.config import STACK_SLOTS, WARPGROUP, BloomConfig
+from pallas_kernels.bloom.program import BloomOp
 
 KERNEL_NAME = "bloom_search"
 _ONES = 0xFFFFFFFF
@@ -66,7 +66,7 @@ def _kernel(
         return plgpu.layout_cast(jnp.full((block_words,), word, jnp.uint32), layout)
 
     def load_row(row):
-        return plgpu.load(rows, (jnp.clip(row, 0, num_rows - 1), words), layout=layout)
+        return plgpu.load(rows.at[jnp.clip(row, 0, num_rows - 1), words], layout=layout)
 
     def head(step):
         return load_row(first_row + operands[query, step, 0].astype(jnp.int32))
@@ -79,16 +79,16 @@ def _kernel(
             row &= load_row(first_row + num_head + k * width + slot)
         return row
 
-    def slot(depth, plane):
-        return stack.at[depth & (MAX_DEPTH - 1), plane]
+    def slot(position, plane):
+        return stack.at[jnp.clip(position, 0, STACK_SLOTS - 1), plane]
 
     def instruction(state):
         step, depth, p, s = state
         code = codes[query, step]
 
         def push(new_p, new_s):
-            slot(depth, 0)[...] = p
-            slot(depth, 1)[...] = s
+            slot(depth - 1, 0)[...] = p  # the first push saves "everything" for nobody
+            slot(depth - 1, 1)[...] = s
             return depth + 1, new_p, new_s
 
         def push_head():
@@ -96,9 +96,8 @@ def _kernel(
             return push(row, row)
 
         def pop():
-            below = depth - 1
             read = functools.partial(plgpu.load, layout=layout)
-            return below, read(slot(below, 0), ()), read(slot(below, 1), ())
+            return depth - 1, read(slot(depth - 2, 0)), read(slot(depth - 2, 1))
 
         def fold_and():
             below, other_p, other_s = pop()
@@ -186,7 +185,7 @@ def bloom_search(
         # The last axis is the fastest: programs that run together read the same bundle from L2.
         grid=(num_words // config.block_words, num_queries),
         grid_names=("tile", "query"),
-        scratch_types=[plgpu.SMEM((MAX_DEPTH, 2, config.block_words), jnp.uint32)],
+        scratch_types=[plgpu.SMEM((STACK_SLOTS, 2, config.block_words), jnp.uint32)],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         kernel_name=KERNEL_NAME,
     )

@@ -58,7 +58,7 @@ def test_partition_width_keeps_the_false_positive_rate(num_terms):
     rate = lambda w: (1 - (1 - 1 / w) ** num_terms) ** 4  # noqa: E731
     assert rate(width) <= 1e-3 * (1 + 1e-9) < rate(width - 1)
     assert partition_width(0, 4, 1e-3) == 0
-    with pytest.raises(ValueError, match="max_fpr is 0.0"):
+    with pytest.raises(ValueError, match="expected a probability"):
         partition_width(3, 4, 0.0)
 
 

@@ -1,5 +1,8 @@
 """The reference against brute force and against the items' real attributes."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,6 +86,21 @@ def test_chunks_of_bundles_do_not_show():
     pieces = ref.bloom_search(*arrays, **static, chunk_words=6)
     for a, b in zip(whole, pieces, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_queries_side_by_side_equal_one_by_one():
+    """What other devices than a CPU run: all queries at once, every operation computed."""
+    rng = np.random.default_rng(4)
+    catalogue = random_catalogue(rng, num_items=64 * 5, bundle_words=2)
+    opcodes, operands, _ = random_programs(rng, catalogue, num_queries=4, num_steps=7)
+    rows, row_offsets = jnp.asarray(catalogue.rows), jnp.asarray(catalogue.row_offsets)
+    static = {"num_head": catalogue.num_head, "num_items": catalogue.num_items}
+    chunks = ref._bundle_chunks(5, 2, 6)
+    one_query = functools.partial(ref._search_one, rows, row_offsets, chunks, **static)
+    together = jax.jit(jax.vmap(one_query))(opcodes, operands)
+    wanted = ref.bloom_search(rows, row_offsets, opcodes, operands, **static)
+    for a, b in zip(together, wanted, strict=True):
+        np.testing.assert_array_equal(a.reshape(4, -1)[:, : b.shape[1]], b)
 
 
 def test_index_without_rows_still_answers():
