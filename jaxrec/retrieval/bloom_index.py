@@ -42,7 +42,7 @@ type FilterLike = str | Filter | None
     data_fields=["rows", "row_offsets", "live", "term_offsets", "term_values"],
     meta_fields=["num_items", "num_head", "num_hashes", "max_item_terms", "catalog"],
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BloomIndex:
     """Bit rows of all items' terms, and the terms themselves (N items, one bit position each).
 

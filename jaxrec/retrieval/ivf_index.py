@@ -1,7 +1,7 @@
 """An inverted-file index over item embeddings: rows in list order, as int8 codes and in full."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -57,7 +57,7 @@ class RowResult(NamedTuple):
                  "error_bounds"],
     meta_fields=["metric", "num_items", "list_tiles"],
 )  # fmt: skip
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class IVFIndex:
     """Items sorted by list; every list starts on a tile of 64 rows (C lists, R rows, N items).
 
@@ -87,7 +87,7 @@ class IVFIndex:
     error_bounds: Float32[_Array, "2"]
     metric: Metric
     num_items: int
-    list_tiles: bytes
+    list_tiles: bytes = field(repr=False)
 
     @property
     def nlist(self) -> int:

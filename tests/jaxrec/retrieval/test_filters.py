@@ -150,7 +150,7 @@ def test_too_deep_and_too_long_are_clear_errors():
 
 
 def test_misuse_of_the_builder():
-    with pytest.raises(FilterError, match="a string or an integer, not 1.5"):
+    with pytest.raises(FilterError, match=r"a string or an integer, not 1\.5"):
         _ = F("f") == 1.5
     with pytest.raises(FilterError, match="no truth value"):
         _ = A and B

@@ -14,6 +14,10 @@ from mean_tower import MeanTower
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.retrieval import PublishError, load_retriever, publish, save_retriever
 
+# Where one array cannot be read, Orbax leaves the reads of the others behind: they end after its
+# event loop is closed, and are reported in whatever test comes next.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 NUM_ITEMS, WIDTH = 300, 8
 CONFIG = {"num_rows": NUM_ITEMS + 1, "width": WIDTH}
 FILTERS = ["language:en", "NOT tag:3"]
@@ -28,15 +32,17 @@ def features():
     return {"language": rng.choice(["en", "de"], NUM_ITEMS), "tag": np.arange(NUM_ITEMS) % 50}
 
 
+BATCH = JaggedBatch(
+    np.arange(1, 9, dtype=np.int32),
+    np.array([0, 4, 8], np.int32),
+    np.array([3, 7], np.int32),
+    np.zeros(2, np.int32),
+    np.zeros(8, np.int32),
+)
+
+
 def answers(retriever):
-    batch = JaggedBatch(
-        np.arange(1, 9, dtype=np.int32),
-        np.array([0, 4, 8], np.int32),
-        np.array([3, 7], np.int32),
-        np.zeros(2, np.int32),
-        np.zeros(8, np.int32),
-    )
-    return [np.asarray(x) for x in retriever(batch, retriever.compile(FILTERS), k=10)]
+    return [np.asarray(x) for x in retriever(BATCH, retriever.compile(FILTERS), k=10)]
 
 
 @pytest.fixture(scope="module")
@@ -57,30 +63,6 @@ def copy(folder, tmp_path):
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-_FRESH = """
-import sys
-import numpy as np
-from test_publish import answers, build_model
-from jaxrec.retrieval import load_retriever
-retriever = load_retriever(sys.argv[1], build_model=build_model)
-np.savez(sys.argv[2], *answers(retriever))
-"""
-
-
-def test_a_fresh_process_gives_the_same_bits(folder, tmp_path):
-    out = tmp_path / "answers.npz"
-    here = Path(__file__).parent
-    subprocess.run(
-        [sys.executable, "-c", _FRESH, folder, out],
-        check=True, timeout=240, cwd=here,
-        env={"PATH": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{here}:{here.parents[2]}"},
-    )  # fmt: skip
-    published = load_retriever(folder, build_model=build_model)
-    fresh = np.load(out)
-    for name, want in zip(fresh.files, answers(published), strict=True):
-        assert fresh[name].tobytes() == want.tobytes()
-
-
 def test_restored_equals_built(folder, tmp_path):
     first = load_retriever(folder, build_model=build_model, version=1)
     assert save_retriever(first, tmp_path / "again", model_config=CONFIG) == 1
@@ -93,7 +75,7 @@ def test_restored_equals_built(folder, tmp_path):
     assert again.nprobe == first.nprobe
     assert again.raw_ids(np.array([[2]], np.int32)) == [["id 2"]]
     second = load_retriever(folder, build_model=build_model)
-    assert not np.array_equal(second.model.table, first.model.table)
+    assert not np.array_equal(first.queries(BATCH), second.queries(BATCH))
 
 
 @pytest.mark.parametrize("part", ["tower", "index"])
@@ -135,3 +117,27 @@ def test_no_such_version_or_folder(folder, tmp_path):
         load_retriever(tmp_path, build_model=build_model)
     with pytest.raises(PublishError, match="is not a folder"):
         load_retriever(tmp_path / "nowhere", build_model=build_model)
+
+
+_FRESH = """
+import sys
+import numpy as np
+from test_publish import answers, build_model
+from jaxrec.retrieval import load_retriever
+retriever = load_retriever(sys.argv[1], build_model=build_model)
+np.savez(sys.argv[2], *answers(retriever))
+"""
+
+
+def test_a_fresh_process_gives_the_same_bits(folder, tmp_path):
+    out = tmp_path / "answers.npz"
+    here = Path(__file__).parent
+    subprocess.run(
+        [sys.executable, "-c", _FRESH, folder, out],
+        check=True, timeout=240, cwd=here,
+        env={"PATH": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{here}:{here.parents[2]}"},
+    )  # fmt: skip
+    published = load_retriever(folder, build_model=build_model)
+    fresh = np.load(out)
+    for name, want in zip(fresh.files, answers(published), strict=True):
+        assert fresh[name].tobytes() == want.tobytes()

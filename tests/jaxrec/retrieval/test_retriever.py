@@ -49,9 +49,8 @@ def batch():
 def eligible(catalogue):
     tag = catalogue["tag"]
     everything = np.ones(NUM_ITEMS, bool)
-    return np.stack(
-        [catalogue["language"] == "en", ~np.isin(tag, [1, 2, 7]), everything, (tag == 150) | (tag == 151)]
-    )  # fmt: skip
+    english, rare = catalogue["language"] == "en", np.isin(tag, [150, 151])
+    return np.stack([english, ~np.isin(tag, [1, 2, 7]), everything, rare])
 
 
 def brute_force(retriever, batch, eligible):

@@ -1,6 +1,7 @@
 """The XLA reference of the IVF search against NumPy."""
 
 import dataclasses
+from typing import Any
 
 import jaxtyping
 import numpy as np
@@ -44,7 +45,7 @@ def search(arrays, k, nprobe, **options):
 @pytest.mark.parametrize("nprobe", [1, 4, 12])
 @pytest.mark.parametrize("k", [10, 3_000])
 def test_equals_numpy(k, nprobe, masked):
-    arrays = TINY.arrays()
+    arrays: dict[str, Any] = TINY.arrays()
     if not masked:
         arrays["mask"] = None
     scores, rows = expected(arrays, k, nprobe)
