@@ -42,7 +42,7 @@ type FilterLike = str | Filter | None
     data_fields=["rows", "row_offsets", "live", "term_offsets", "term_values"],
     meta_fields=["num_items", "num_head", "num_hashes", "max_item_terms", "catalog"],
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BloomIndex:
     """Bit rows of all items' terms, and the terms themselves (N items, one bit position each).
 
@@ -78,7 +78,7 @@ class BloomIndex:
         *,
         max_fpr: float = 1e-3,
         num_hashes: int = 5,
-        bundle_words: int = 128,
+        bundle_words: int | None = None,
         order: Int[_Array, "N"] | None = None,
     ) -> "BloomIndex":
         """Indexes one entry an item and feature.
@@ -92,7 +92,8 @@ class BloomIndex:
             "42" are the same value.
           max_fpr: chance that a tail term possibly matches an item without it, over the items.
           num_hashes: K, Bloom rows read for a tail term.
-          bundle_words: 32-item words of a bundle; the GPU kernel wants a multiple of 128.
+          bundle_words: 32-item words of a bundle, a multiple of 128 for the GPU kernel; None takes
+            512, its best, for catalogues of several such bundles and 128 for smaller ones.
           order: the item at each bit position, -1 for none; `ivf.row_ids` lines the masks up with
             an `IVFIndex`. None keeps the items' own order.
 
@@ -103,6 +104,8 @@ class BloomIndex:
         Cost: host time linear in the (item, value) pairs; per item one bit a head value, about
         K / -ln(1 - max_fpr^(1/K)) bits a tail value (17 by default), and 4 bytes a value.
         """
+        if bundle_words is None:
+            bundle_words = 512 if len(next(iter(features.values()), ())) >= 1 << 16 else 128
         if not 0 < max_fpr < 1 or num_hashes < 1 or bundle_words < 1:
             raise ValueError(
                 f"max_fpr is {max_fpr}, num_hashes {num_hashes}, bundle_words {bundle_words}; "

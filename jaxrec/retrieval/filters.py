@@ -16,21 +16,19 @@ import functools
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 MAX_DEPTH = 100
 MAX_TERMS = 100_000
 
-type Value = str | int | np.integer | np.bool_
-
 
 class FilterError(ValueError):
     """A filter that cannot be understood; the message shows the place and what was expected."""
 
 
-def value_text(value: Value) -> str:
+def value_text(value: Any) -> str:
     """The one text form of an attribute value: 42 and "42" are the same value."""
     if isinstance(value, str):
         return str(value)
@@ -203,13 +201,13 @@ class F:
     def __init__(self, feature: str):
         self.feature = feature
 
-    def __eq__(self, value: Value) -> Filter:  # type: ignore[override]
+    def __eq__(self, value: Any) -> Filter:  # type: ignore[override]
         return Term(self.feature, value_text(value))
 
-    def __ne__(self, value: Value) -> Filter:  # type: ignore[override]
+    def __ne__(self, value: Any) -> Filter:  # type: ignore[override]
         return negate(self == value)
 
-    def isin(self, values: Iterable[Value]) -> Filter:
+    def isin(self, values: Iterable[Any]) -> Filter:
         """Items that have any of `values`; of no values, nothing."""
         return any_of([self == value for value in values])
 

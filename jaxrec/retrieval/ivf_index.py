@@ -1,7 +1,7 @@
 """An inverted-file index over item embeddings: rows in list order, as int8 codes and in full."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -57,7 +57,7 @@ class RowResult(NamedTuple):
                  "error_bounds"],
     meta_fields=["metric", "num_items", "list_tiles"],
 )  # fmt: skip
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class IVFIndex:
     """Items sorted by list; every list starts on a tile of 64 rows (C lists, R rows, N items).
 
@@ -87,7 +87,7 @@ class IVFIndex:
     error_bounds: Float32[_Array, "2"]
     metric: Metric
     num_items: int
-    list_tiles: bytes
+    list_tiles: bytes = field(repr=False)
 
     @property
     def nlist(self) -> int:
@@ -145,7 +145,7 @@ class IVFIndex:
         *,
         k: int,
         nprobe: int,
-        mask: UInt32[_Array, "Q words"] | None = None,
+        mask: UInt32[_Array, "masks words"] | None = None,
         mask_order: Literal["item", "row"] = "item",
         precision: Precision = "rescored",
     ) -> SearchResult:
@@ -179,7 +179,7 @@ class IVFIndex:
             raise ValueError(f"a row-order mask has {words} words, not {mask.shape[1]}")
         return _search_ids(self, queries, mask, k, nprobe, mask_order, precision)
 
-    def upsert(self, ids: Int[_Array, "M"], embeddings: Float[_Array, "M D"]) -> "IVFIndex":
+    def upsert(self, ids: Int[_Array, "M"], embeddings: Float[_Array, "rows D"]) -> "IVFIndex":
         """A new index in which these items have these embeddings; new ids are added.
 
         Centroids stay, every other item stays in its list, and rows move: build a `BloomIndex` of

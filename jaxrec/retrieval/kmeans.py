@@ -4,15 +4,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 _CHUNK = 8192
 
+type _Array = jax.Array | np.ndarray
+
 
 def kmeans(
     key: Key[Array, ""],
-    points: Float[Array, "N D"],
+    points: Float[_Array, "N D"],
     num_clusters: int,
     *,
     iterations: int = 12,
@@ -35,6 +38,7 @@ def kmeans(
     distances exist at a time.
     """
     sample_key, start_key = jax.random.split(key)
+    points = jnp.asarray(points)
     num_points = points.shape[0]
     size = min(num_points, num_clusters * sample_per_cluster)
     if size < num_points:
@@ -69,10 +73,10 @@ def normalise(x: Float[Array, "N D"]) -> Float32[Array, "N D"]:
 
 
 @jax.jit
-def assign(points: Float[Array, "N D"], centroids: Float[Array, "C D"]) -> Int32[Array, "N"]:
+def assign(points: Float[_Array, "N D"], centroids: Float[_Array, "C D"]) -> Int32[Array, "N"]:
     """The nearest centroid (least squared distance) of each point."""
-    chunks, num_points = _chunked(points.astype(jnp.float32))
-    clusters = lax.map(lambda chunk: _nearest(chunk, centroids)[0], chunks)
+    chunks, num_points = _chunked(jnp.asarray(points, jnp.float32))
+    clusters = lax.map(lambda chunk: _nearest(chunk, jnp.asarray(centroids))[0], chunks)
     return clusters.reshape(-1)[:num_points]
 
 

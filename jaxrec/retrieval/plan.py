@@ -59,7 +59,7 @@ def compile_plan(filters: Sequence[Filter], catalog: TermCatalog, num_hashes: in
     term_ids = np.full((len(programs), num_steps), -1, np.int32)
     for query, program in enumerate(programs):
         terms = [(step.feature, step.value) for step in program if isinstance(step, Term)]
-        numbers = iter(catalog.lookup(terms))
+        numbers = iter(catalog.lookup(terms).tolist())
         for at, step in enumerate(program):
             if isinstance(step, Term):
                 term_ids[query, at] = number = next(numbers)

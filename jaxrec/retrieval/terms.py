@@ -145,7 +145,9 @@ def _collision_free(texts: list[str]) -> tuple[int, UInt64[np.ndarray, "n"]]:
 
 def _column(name: str, column: Any) -> tuple[Int[np.ndarray, "n"], list[str], Int[np.ndarray, "n"]]:
     """(item of each pair, distinct values as text, value number of each pair) of one feature."""
-    if isinstance(column, np.ndarray) and column.ndim == 1 and column.dtype.kind in "iub":
+    if hasattr(column, "__array__"):  # NumPy, JAX or a data frame's column
+        column = np.asarray(column)
+    if isinstance(column, np.ndarray) and column.ndim == 1 and column.dtype.kind in "iubU":
         values, inverse = np.unique(column, return_inverse=True)
         return np.arange(len(column)), [value_text(value) for value in values], inverse
     items: list[int] = []

@@ -13,15 +13,17 @@ from pallas_kernels.ivf.config import TILE_ROWS, IvfConfig
 _TILE_WORDS = TILE_ROWS // 32
 _INT8_MAX = 127.0
 
+type _Array = jax.Array | np.ndarray
+
 
 def probed_tiles_bound(tile_offsets: Int32[np.ndarray, "C1"], nprobe: int) -> int:
     """Tiles of the `nprobe` largest lists: no choice of lists has more. Host only."""
     return int(np.sort(np.diff(tile_offsets))[::-1][:nprobe].sum())
 
 
-def quantise(x: Float[Array, "N D"]) -> tuple[Int8[Array, "N D"], Float32[Array, "N"]]:
+def quantise(x: Float[_Array, "N D"]) -> tuple[Int8[Array, "N D"], Float32[Array, "N"]]:
     """Codes in [-127, 127] and scales with x ≈ codes · scales; a row of zeros gets scale 0."""
-    x = x.astype(jnp.float32)
+    x = jnp.asarray(x, jnp.float32)
     scales = jnp.max(jnp.abs(x), axis=1) / _INT8_MAX
     safe = jnp.where(scales > 0, scales, 1)
     codes = jnp.clip(jnp.round(x / safe[:, None]), -_INT8_MAX, _INT8_MAX)
@@ -29,19 +31,21 @@ def quantise(x: Float[Array, "N D"]) -> tuple[Int8[Array, "N D"], Float32[Array,
 
 
 def rescore(
-    queries: Float[Array, "Q D"], vectors: Float[Array, "R D"], rows: Int32[Array, "Q M"]
+    queries: Float[_Array, "Q D"], vectors: Float[_Array, "R D"], rows: Int32[_Array, "Q M"]
 ) -> Float32[Array, "Q M"]:
     """Inner products in f32 of each query with its own rows; -inf where the row is -1.
 
     Cost: one query at a time gathers M·D values.
     """
 
+    vectors, rows = jnp.asarray(vectors), jnp.asarray(rows)
+
     def one_query(operands):
         query, own_rows = operands
         own = vectors[jnp.maximum(own_rows, 0)].astype(jnp.float32)
         return jnp.dot(own, query, precision=lax.Precision.HIGHEST)
 
-    scores = lax.map(one_query, (queries.astype(jnp.float32), rows), batch_size=16)
+    scores = lax.map(one_query, (jnp.asarray(queries, jnp.float32), rows), batch_size=16)
     return jnp.where(rows >= 0, scores, -jnp.inf)
 
 
@@ -132,7 +136,7 @@ class _Scorer:
         scores = _products(self.queries, codes) * (self.query_scales[:, None] * scales)
         return jnp.where(_bits(words), scores, -jnp.inf)
 
-    def tiles(self, tiles: Int32[Array, "Q t"]) -> Float32[Array, "Q t*64"]:
+    def tiles(self, tiles: Int32[Array, "Q t"]) -> Float32[Array, "Q rows"]:
         """Each query's own tiles; -inf for tile -1.
 
         A CPU takes the queries one by one: XLA has fast int8 products there, but not batched ones.
@@ -144,7 +148,7 @@ class _Scorer:
             default=jax.vmap(self._own_tiles),
         )
 
-    def _own_tiles(self, operands) -> Float32[Array, "t*64"]:
+    def _own_tiles(self, operands) -> Float32[Array, "rows"]:
         query, query_scale, tiles, mask = operands
         safe = jnp.maximum(tiles, 0)
         codes = self.codes.reshape(-1, TILE_ROWS, len(query))[safe].reshape(-1, len(query))
@@ -166,7 +170,7 @@ def _products(queries, codes) -> Float32[Array, "Q n"]:
     return lax.dot_general(queries, codes, dims, precision=lax.Precision.HIGHEST)
 
 
-def _bits(words: UInt32[Array, "Q n"]) -> Bool[Array, "Q n*32"]:
+def _bits(words: UInt32[Array, "Q n"]) -> Bool[Array, "Q bits"]:
     bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return bits.reshape(words.shape[0], -1).astype(bool)
 

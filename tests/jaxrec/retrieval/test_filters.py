@@ -13,24 +13,31 @@ from jaxrec.retrieval.filters import MAX_DEPTH, And, Everything, Not, Nothing, O
 A, B, C, D = (Term("f", value) for value in "abcd")
 
 names = st.one_of(
-    st.sampled_from(["language", "not", "AND", "a b", 'quo"te', "back\\slash", "", "ünï", "1", "*"]),
+    st.sampled_from(
+        ["language", "not", "AND", "a b", 'quo"te', "back\\slash", "", "ünï", "1", "*"]
+    ),
     st.text(max_size=6),
 )
-terms = st.builds(Term, names, names)
-trees = st.recursive(
-    terms,
+recipes = st.recursive(
+    st.tuples(names, names),
     lambda inner: st.one_of(
-        inner.map(operator.invert),
-        st.tuples(inner, inner).map(lambda pair: pair[0] & pair[1]),
-        st.tuples(inner, inner).map(lambda pair: pair[0] | pair[1]),
+        st.tuples(st.just(operator.invert), inner),
+        st.tuples(st.sampled_from([operator.and_, operator.or_]), inner, inner),
     ),
     max_leaves=12,
 )
 
 
+def build(recipe):
+    if isinstance(recipe[0], str):
+        return Term(*recipe)
+    return recipe[0](*map(build, recipe[1:]))
+
+
 @settings(max_examples=400, deadline=None, derandomize=True)
-@given(trees)
-def test_text_round_trip(tree):
+@given(recipes)
+def test_text_round_trip(recipe):
+    tree = build(recipe)
     assert parse_filter(str(tree)) == tree
 
 
@@ -143,9 +150,7 @@ def test_too_deep_and_too_long_are_clear_errors():
 
 
 def test_misuse_of_the_builder():
-    with pytest.raises(FilterError, match="a string or an integer, not 1.5"):
+    with pytest.raises(FilterError, match=r"a string or an integer, not 1\.5"):
         _ = F("f") == 1.5
     with pytest.raises(FilterError, match="no truth value"):
         _ = A and B
-    with pytest.raises(FilterError, match="with filters only, not with 'f:a'"):
-        _ = A & "f:a"
