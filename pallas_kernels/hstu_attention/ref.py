@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._banded import Band, make_band, token_coordinates
+from pallas_kernels._banded import from_blocks, make_band, to_blocks, token_coordinates
 
 
 class Masking(NamedTuple):
@@ -64,11 +64,6 @@ def time_bucket(seconds: jax.Array, num_buckets: int) -> jax.Array:
     return jnp.clip(bucket, 0, num_buckets - 1).astype(jnp.int32)
 
 
-def _blocks(band: Band, x: Coordinates, *, keys: bool) -> Coordinates:
-    split = band.keys if keys else lambda array, fill: band.split(array)
-    return Coordinates(split(x.segment, -1), split(x.mask_id, 0), split(x.last_id, 0))
-
-
 def hstu_attention_ref(
     q: jax.Array,
     k: jax.Array,
@@ -84,20 +79,22 @@ def hstu_attention_ref(
     time_bias: jax.Array | None,
 ) -> jax.Array:
     """The definition of correct; arguments as in `api.hstu_attention`."""
-    num_tokens, num_heads, _ = q.shape
+    num_tokens = q.shape[0]
     band = make_band(num_tokens, max_len, look_ahead=masking.contextual_len > 0)
     coordinates = mask_coordinates(seq_offsets, num_tokens, masking)
     num_sequences = seq_offsets.shape[0] - 1
-    query = _blocks(band, coordinates, keys=False)
-    key = _blocks(band, coordinates, keys=True)
-    q_blocks, k_blocks, v_blocks = band.split(q * alpha), band.keys(k), band.keys(v)
+    query = Coordinates(*(band.split(x, fill=-1) for x in coordinates))
+    key = Coordinates(*(band.surround(x, fill=-1) for x in query))
+    q_blocks = to_blocks(band, q * alpha)
+    k_blocks, v_blocks = (band.surround(to_blocks(band, x)) for x in (k, v))
     if time_bias is not None:
-        q_time, k_time = band.split(timestamps), band.keys(timestamps)
+        q_time = band.split(timestamps)
+        k_time = band.surround(q_time)
     slot = jnp.arange(band.block)
 
     def step(acc, offset):
         scores = jnp.einsum(
-            "nqhd,nkhd->nhqk",
+            "nhqd,nhkd->nhqk",
             q_blocks,
             band.at_offset(k_blocks, offset),
             preferred_element_type=jnp.float32,
@@ -114,12 +111,12 @@ def hstu_attention_ref(
         valid &= (query.segment < num_sequences)[:, :, None]
         weights = jnp.where(valid[:, None], jax.nn.silu(scores), 0)
         return acc + jnp.einsum(
-            "nhqk,nkhd->nqhd",
+            "nhqk,nhkd->nhqd",
             weights.astype(v.dtype),
             band.at_offset(v_blocks, offset),
             preferred_element_type=jnp.float32,
         )
 
-    init = jnp.zeros((band.num_blocks, band.block, num_heads, v.shape[-1]), jnp.float32)
-    out = band.accumulate(step, init).reshape(-1, num_heads, v.shape[-1])[:num_tokens]
+    init = jnp.zeros((*q_blocks.shape[:3], v.shape[-1]), jnp.float32)
+    out = from_blocks(band.accumulate(step, init), num_tokens)
     return (out * attn_scale).astype(v.dtype)
