@@ -4,8 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from pallas_kernels._banded import from_blocks, make_band, to_blocks, token_coordinates
+
+_SQRT2 = np.uint32(0xB504F334)  # √2·2^31, rounded up
 
 
 class Masking(NamedTuple):
@@ -59,9 +63,16 @@ def attends(
 
 
 def time_bucket(seconds: jax.Array, num_buckets: int) -> jax.Array:
-    """Two buckets an octave of elapsed time: floor(2·log2(1 + |seconds|)), clipped."""
-    bucket = jnp.floor(2 * jnp.log2(1 + jnp.abs(seconds).astype(jnp.float32)))
-    return jnp.clip(bucket, 0, num_buckets - 1).astype(jnp.int32)
+    """Two buckets an octave of elapsed time: floor(2·log2(1 + |seconds|)), clipped.
+
+    In integers, since log2 in f32 misses many of the octaves' edges. n = 1 + |seconds| with its
+    leading bit at 2^e is in bucket 2e, or 2e + 1 from 2^e·√2 on.
+    """
+    n = 1 + jnp.abs(seconds).astype(jnp.uint32)
+    leading_zeros = lax.clz(n)
+    upper_half = (n << leading_zeros) >= _SQRT2
+    bucket = 2 * (31 - leading_zeros.astype(jnp.int32)) + upper_half
+    return jnp.minimum(bucket, num_buckets - 1)
 
 
 def hstu_attention_ref(
