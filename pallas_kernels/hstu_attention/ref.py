@@ -98,9 +98,8 @@ def hstu_attention_ref(
     key = Coordinates(*(band.surround(x, fill=-1) for x in query))
     q_blocks = to_blocks(band, q * alpha)
     k_blocks, v_blocks = (band.surround(to_blocks(band, x)) for x in (k, v))
-    if time_bias is not None:
-        q_time = band.split(timestamps)
-        k_time = band.surround(q_time)
+    q_time = None if timestamps is None else band.split(timestamps)
+    k_time = None if q_time is None else band.surround(q_time)
     slot = jnp.arange(band.block)
 
     def step(acc, offset):
@@ -113,7 +112,7 @@ def hstu_attention_ref(
         distance = slot[:, None] - slot[None, :] + offset * band.block
         if position_bias is not None:
             scores += position_bias[:, jnp.clip(distance, 0, max_len - 1)]
-        if time_bias is not None:
+        if time_bias is not None and q_time is not None and k_time is not None:
             elapsed = q_time[:, :, None] - band.at_offset(k_time, offset)[:, None, :]
             bucket = time_bucket(elapsed, time_bias.shape[1])
             scores += jnp.moveaxis(time_bias[:, bucket], 0, 1)

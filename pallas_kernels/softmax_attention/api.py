@@ -61,7 +61,11 @@ def _forward(q: Any, k: Any, v: Any, seq_offsets: Any, max_len: int, scale: floa
 
 
 def _backward(max_len: int, scale: float, residuals: Any, dout: jax.Array) -> Any:
-    return (*ref.backward(*residuals, dout, max_len=max_len, scale=scale), None)
+    q, k, v, seq_offsets, out, log_total = residuals
+    gradients = ref.backward(
+        q, k, v, seq_offsets, out, log_total, dout, max_len=max_len, scale=scale
+    )
+    return (*gradients, None)
 
 
 _attention.defvjp(_forward, _backward)
