@@ -118,7 +118,7 @@ def table_html(rows: Sequence[Mapping[str, Any]]) -> str:
 
     def line(tag: str, texts: Sequence[str]) -> str:
         cells = [
-            f'<{tag}{" class=number" if numeric[n] else ""}>{html.escape(t)}</{tag}>'
+            f"<{tag}{' class=number' if numeric[n] else ''}>{html.escape(t)}</{tag}>"
             for n, t in zip(names, texts, strict=True)
         ]
         return f"<tr>{''.join(cells)}</tr>"

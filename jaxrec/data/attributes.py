@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int32
+
 from jaxrec.data.text_input import DataFormatError, csv_rows, empty_file, require_columns
 from jaxrec.data.vocabulary import Vocabulary
 
@@ -35,6 +38,23 @@ class ItemAttributes:
     def features(self) -> dict[str, list[list[str]]]:
         """`{feature: [values of item 1, values of item 2, …]}`, as `BloomIndex.build` takes it."""
         return {name: [list(row) for row in rows[1:]] for name, rows in self.values.items()}
+
+    def matrix(self) -> tuple[Int32[np.ndarray, "V slots"], int]:
+        """Attributes as numbers, for models that embed them.
+
+        Returns:
+          ids: each item's attributes, numbered from 1 over all features, padded with 0.
+          num_attributes: how many different ones there are.
+        """
+        numbers: dict[tuple[str, str], int] = {}
+        rows: list[list[int]] = [[] for _ in range(self.items.size + 1)]
+        for name, column in self.values.items():
+            for row, values in zip(rows, column, strict=True):
+                row += [numbers.setdefault((name, value), len(numbers) + 1) for value in values]
+        ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+        for padded, row in zip(ids, rows, strict=True):
+            padded[: len(row)] = row
+        return ids, len(numbers)
 
     def aligned_to(self, items: Vocabulary) -> "ItemAttributes":
         """The same attributes for another numbering, such as the items left after filtering."""

@@ -5,8 +5,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxrec.nn.checks import check_at_least, check_choice, check_heads, check_share
 from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
@@ -22,6 +23,7 @@ class HSTUConfig:
     Attributes:
       num_items: items in the catalogue, numbered from 1.
       max_len: tokens of the longest sequence.
+      num_attributes, attribute_slots: see `ItemEmbedding`; 0 embeds items by their number alone.
       qk_width, v_width: width of one head's queries and keys, and of its values; None means
         width / num_heads.
       time_buckets: 0 leaves the time bias out (for data without timestamps).
@@ -43,6 +45,8 @@ class HSTUConfig:
     time_buckets: int = 0
     absolute_positions: bool = True
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    num_attributes: int = 0
+    attribute_slots: int = 0
 
     def __post_init__(self):
         check_at_least(
@@ -105,9 +109,22 @@ class HSTU(nnx.Module):
     Source: Zhai et al., Actions Speak Louder than Words (ICML 2024).
     """
 
-    def __init__(self, config: HSTUConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: HSTUConfig,
+        *,
+        rngs: nnx.Rngs,
+        attribute_ids: Int[jax.Array | np.ndarray, "V slots"] | None = None,
+    ):
         self.config = config
-        self.items = ItemEmbedding(config.num_items, config.width, rngs=rngs)
+        self.items = ItemEmbedding(
+            config.num_items,
+            config.width,
+            rngs=rngs,
+            num_attributes=config.num_attributes,
+            attribute_slots=config.attribute_slots,
+            attribute_ids=attribute_ids,
+        )
         self.positions = None
         if config.absolute_positions:
             shape = (config.max_len, config.width)
@@ -137,4 +154,4 @@ class HSTU(nnx.Module):
 
     def item_embeddings(self) -> Float[jax.Array, "V D"]:
         """Rows that hidden states are scored against; row 0 is padding."""
-        return self.items.table[...]
+        return self.items.rows()

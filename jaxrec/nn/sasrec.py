@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxrec.nn.checks import check_at_least, check_choice, check_heads, check_share
 from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
@@ -23,6 +23,7 @@ class SASRecConfig:
     Attributes:
       num_items: items in the catalogue, numbered from 1.
       max_len: tokens of the longest sequence.
+      num_attributes, attribute_slots: see `ItemEmbedding`; 0 embeds items by their number alone.
       positions: which end positions count from. "end" suits one sample per prefix, where the
         last token is the only one scored; "start" any sampling. With "end" an output depends on
         how many tokens follow it (never on which), so train and score on whole prefixes.
@@ -46,6 +47,8 @@ class SASRecConfig:
     filter_share: float = 0.0
     filter_cutoff: int = 5
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    num_attributes: int = 0
+    attribute_slots: int = 0
 
     def __post_init__(self):
         check_at_least(
@@ -141,9 +144,22 @@ class SASRec(nnx.Module):
     2024), made causal so that it may be trained on all positions.
     """
 
-    def __init__(self, config: SASRecConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: SASRecConfig,
+        *,
+        rngs: nnx.Rngs,
+        attribute_ids: Int[jax.Array | np.ndarray, "V slots"] | None = None,
+    ):
         self.config = config
-        self.items = ItemEmbedding(config.num_items, config.width, rngs=rngs)
+        self.items = ItemEmbedding(
+            config.num_items,
+            config.width,
+            rngs=rngs,
+            num_attributes=config.num_attributes,
+            attribute_slots=config.attribute_slots,
+            attribute_ids=attribute_ids,
+        )
         self.positions = nnx.Param(
             0.02 * jax.random.normal(rngs.params(), (config.max_len, config.width))
         )
@@ -173,4 +189,4 @@ class SASRec(nnx.Module):
 
     def item_embeddings(self) -> Float[jax.Array, "V D"]:
         """Rows that hidden states are scored against; row 0 is padding."""
-        return self.items.table[...]
+        return self.items.rows()
