@@ -1,0 +1,160 @@
+"""The op equals the dense formula, in values and gradients, for every packing."""
+
+import attention_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import LENGTHS, MAX_LEN, NUM_TOKENS, on_device, qkv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from pallas_kernels import BackendError, softmax_attention
+from pallas_kernels._testing import assert_close
+
+attend = jax.jit(softmax_attention, static_argnames=("max_len", "scale"))
+
+
+def dense_softmax(xp, q, k, v, offsets, *, scale=None):
+    """Softmax attention with the whole [T, T] matrix of scores; `xp` is numpy or jax.numpy."""
+    mask = np.zeros((len(q), len(q)), bool)
+    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        mask[start:end, start:end] = np.tri(end - start, dtype=bool)
+    scores = xp.einsum("thd,shd->hts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = xp.where(mask, scores, -1e300)
+    weights = xp.exp(scores - scores.max(-1, keepdims=True)) * mask
+    total = weights.sum(-1, keepdims=True)
+    return xp.einsum("hts,shd->thd", weights / xp.where(total == 0, 1, total), v)
+
+
+def check(lengths, *, num_tokens, max_len, seed=0):
+    offsets = cases.offsets_of(lengths)
+    q, k, v = qkv(seed, num_tokens)
+    expected = dense_softmax(np, *(x.astype(np.float64) for x in (q, k, v)), offsets)
+    actual = attend(*on_device(q, k, v, offsets), max_len=max_len)
+    assert_close(actual, expected, dtype="float32")
+    assert not np.asarray(actual[offsets[-1] :]).any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(LENGTHS, st.integers(0, 2**16))
+def test_equals_the_dense_formula(lengths, seed):
+    check(lengths, num_tokens=NUM_TOKENS, max_len=MAX_LEN, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("max_len", "lengths"),
+    [(1, [1, 0, 1]), (16, [16, 15]), (17, [17, 16, 0, 1]), (33, [0, 33]), (600, [600, 3, 129])],
+)
+def test_every_band_width(max_len, lengths):
+    check(lengths, num_tokens=sum(lengths) + 3, max_len=max_len)
+
+
+def test_large_scores_are_stable():
+    offsets = cases.offsets_of([40, 3])
+    q, k, v = qkv(1, 43)
+    actual = np.asarray(attend(*on_device(q * 1e4, k * 1e4, v, offsets), max_len=40))
+    hard = dense_softmax(np, *(x.astype(np.float64) for x in (q, k, v)), offsets, scale=1e6)
+    np.testing.assert_allclose(actual, hard, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_len", [33, 600])
+def test_gradients_equal_the_dense_formulas(max_len):
+    lengths = [33, 0, 17, 1] if max_len == 33 else [550, 31]
+    offsets, num_tokens = cases.offsets_of(lengths), sum(lengths) + 5
+    args = qkv(3, num_tokens)
+
+    def op(q, k, v):
+        return softmax_attention(q, k, v, jnp.asarray(offsets), max_len=max_len, scale=0.4)
+
+    actual = jax.jit(jax.grad(lambda *xs: cases.weighted_sum(op(*xs)), argnums=(0, 1, 2)))(
+        *on_device(*args)
+    )
+    dense = cases.gradients64(lambda *xs: dense_softmax(jnp, *xs, offsets, scale=0.4), *args)
+    for grad, expected in zip(actual, dense, strict=True):
+        np.testing.assert_allclose(grad, expected, atol=1e-5 * np.abs(expected).max())
+        assert not np.asarray(grad[offsets[-1] :]).any()
+
+
+def test_gradients_by_finite_differences():
+    offsets = jnp.asarray([0, 5, 5, 12], jnp.int32)
+    arrays = on_device(*qkv(5, 14, heads=1, qk_width=3, v_width=2))
+    function = jax.jit(lambda q, k, v: softmax_attention(q, k, v, offsets, max_len=7))
+    check_grads(function, arrays, order=1, modes=["rev"], eps=1e-2, atol=5e-3, rtol=5e-3)
+
+
+def test_gradients_are_zero_where_nothing_is_attended():
+    q, k, v = on_device(*qkv(6, 20))
+    offsets = jnp.zeros(3, jnp.int32)
+
+    def loss(q, k, v):
+        return cases.weighted_sum(softmax_attention(q, k, v, offsets, max_len=20))
+
+    for grad in jax.grad(loss, argnums=(0, 1, 2))(q, k, v):
+        assert not np.asarray(grad).any()
+
+
+def test_a_sequence_alone_equals_itself_in_a_batch_of_any_order():
+    lengths, order = [17, 0, 40, 64], [2, 3, 0, 1]
+    offsets, arrays = cases.offsets_of(lengths), qkv(7, sum(lengths))
+    together = np.asarray(attend(*on_device(*arrays, offsets), max_len=MAX_LEN))
+    for b, length in enumerate(lengths):
+        tokens = slice(offsets[b], offsets[b + 1])
+        own = [x[tokens] for x in arrays]
+        alone = attend(*on_device(*own, cases.offsets_of([length])), max_len=MAX_LEN)
+        assert_close(alone, together[tokens])
+    slots = np.concatenate([np.arange(offsets[b], offsets[b + 1]) for b in order])
+    moved_offsets = cases.offsets_of([lengths[b] for b in order])
+    moved = attend(*on_device(*(x[slots] for x in arrays), moved_offsets), max_len=MAX_LEN)
+    assert_close(moved, together[slots])
+
+
+def test_bf16_inputs_are_summed_in_f32():
+    offsets = cases.offsets_of([60, 4])
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in qkv(11, 64)]
+    actual = attend(*arrays, jnp.asarray(offsets), max_len=60)
+    wide = [np.asarray(x).astype(np.float64) for x in arrays]
+    assert actual.dtype == jnp.bfloat16
+    assert_close(actual, dense_softmax(np, *wide, offsets))
+
+    def loss(*xs):
+        out = softmax_attention(*xs, jnp.asarray(offsets), max_len=60)
+        return cases.weighted_sum(out.astype(jnp.float32))
+
+    grads = jax.grad(loss, argnums=(0, 1, 2))(*arrays)
+    dense = cases.gradients64(lambda *xs: dense_softmax(jnp, *xs, offsets), *wide)
+    for grad, expected in zip(grads, dense, strict=True):
+        assert grad.dtype == jnp.bfloat16
+        error = np.asarray(grad).astype(np.float64) - expected
+        assert np.abs(error).max() <= 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("length", [1024, 4096])
+def test_memory_is_linear_in_tokens(length):
+    q = jax.ShapeDtypeStruct((length, 1, 16), jnp.float32)
+    offsets = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def loss(q, k, v, offsets):
+        return softmax_attention(q, k, v, offsets, max_len=length).sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, q, q, offsets).compile()
+    assert cases.largest_array(compiled) <= length * 128
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= 8 * length * 128 * 4
+
+
+def test_no_tokens():
+    nothing = [x[:0] for x in qkv(0, 1)]
+    assert attend(*on_device(*nothing, cases.offsets_of([0])), max_len=20).shape == (0, 2, 12)
+
+
+def test_errors():
+    arrays = on_device(*qkv(0, 4), cases.offsets_of([4]))
+    with pytest.raises(ValueError, match="max_len is 0"):
+        softmax_attention(*arrays, max_len=0)
+    with pytest.raises(BackendError, match="mosaic_gpu"):
+        softmax_attention(*arrays, max_len=4, backend="mosaic_gpu")
+    named = softmax_attention(*arrays, max_len=4, backend="xla")
+    np.testing.assert_array_equal(named, softmax_attention(*arrays, max_len=4))
