@@ -75,7 +75,7 @@ class HSTUBlock(nnx.Module):
         self.position_bias = nnx.Param(
             0.02 * jax.random.normal(rngs.params(), (heads, config.max_len))
         )
-        self.time_bias = None
+        self.time_bias = nnx.data(None)
         if config.time_buckets:
             self.time_bias = nnx.Param(
                 0.02 * jax.random.normal(rngs.params(), (heads, config.time_buckets))
@@ -125,7 +125,7 @@ class HSTU(nnx.Module):
             attribute_slots=config.attribute_slots,
             attribute_ids=attribute_ids,
         )
-        self.positions = None
+        self.positions = nnx.data(None)
         if config.absolute_positions:
             shape = (config.max_len, config.width)
             self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
