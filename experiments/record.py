@@ -31,6 +31,7 @@ def write(
     checks: Mapping[str, Any] | None = None,
     seeds: Sequence[int] = (),
     data: Mapping[str, Any] | None = None,
+    published: Sequence[str] = (),
     wall_s: float | None = None,
     scratch: bool = False,
     folder: Path = RESULTS,
@@ -43,6 +44,7 @@ def write(
       measurements: one mapping each, with at least `metric`, `unit` and `value` or `samples`.
       checks: errors against the reference and other proofs of correctness.
       data: name and sha256 of what was measured on; see `describe_data`.
+      published: figures of others, as text with their source.
       scratch: allows a tree with uncommitted changes; the file is then marked `dirty`.
 
     Raises:
@@ -64,6 +66,7 @@ def write(
         "env": environment(),
         "data": data,
         "seeds": list(seeds),
+        "published": list(published),
         "measurements": [dict(m) for m in measurements],
         "checks": dict(checks or {}),
         "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", now),

@@ -17,8 +17,9 @@ h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin:
 p.lead { color: #55606e; margin-top: 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .38rem .7rem; border-bottom: 1px solid #e3e7ec; }
-th { font-weight: 600; color: #55606e; font-size: .86rem; } td.number, th.number { text-align: right; }
-figure { margin: 1rem 0; } img { max-width: 100%; } figcaption { color: #55606e; font-size: .9rem; }
+th { font-weight: 600; color: #55606e; font-size: .86rem; }
+td.number, th.number { text-align: right; }
+figure { margin: 1rem 0; max-width: 42rem; } img { max-width: 100%; } figcaption { color: #55606e; font-size: .9rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
 code { background: #f2f4f7; padding: .1rem .35rem; border-radius: .25rem; font-size: .9em; }
 """
@@ -160,3 +161,65 @@ def write_page(path: Path, *, title: str, lead: str, sections: Sequence[tuple[st
         f'<p class="lead">{html.escape(lead)}</p>{body}</html>\n'
     )
     return path
+
+
+def accuracy_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """One row a setting, from the newest result of each, with mean ± spread over the seeds."""
+    newest = {result["config"]["setting"]: result for result in results}
+    rows = []
+    for setting, result in sorted(newest.items()):
+        figures = {m["metric"]: m for m in result["measurements"]}
+        seeds = len(result["seeds"])
+
+        def shown(name: str, figures: Mapping[str, Any] = figures, seeds: int = seeds) -> str:
+            spread = f" ± {figures[name]['spread']:.4f}" if seeds > 1 else ""
+            return f"{figures[name]['value']:.4f}{spread}"
+
+        rows.append(
+            {
+                "setting": f"`{setting}`",
+                "HR@10": shown("hr@10"),
+                "NDCG@10": shown("ndcg@10"),
+                "seeds": str(seeds),
+                "minutes a seed": f"{figures['minutes']['value']:.1f}"
+                if "minutes" in figures
+                else "-",
+                "published HR@10 / NDCG@10": "; ".join(result["published"]) or "-",
+            }
+        )
+    return rows
+
+
+def accuracy_section_markdown() -> str:
+    """README's table of accuracy on real data, with where it was measured."""
+    from experiments import record
+
+    results = record.read_all("train_sequence")
+    if not results:
+        return "Nothing recorded yet."
+    env = results[-1]["env"]
+    versions = ", ".join(f"{name} {env[name]}" for name in ("jax", "flax", "python"))
+    return (
+        f"{table_markdown(accuracy_rows(results))}\n\n"
+        f"Measured on {env['cpu_cores']} cores of {env['device_kind']} ({versions}) with "
+        "`python -m experiments.train_sequence <setting> --seeds 0 1 2`; each result file names "
+        "its command, commit and data hash."
+    )
+
+
+SECTIONS = {"train_sequence": accuracy_section_markdown}
+
+
+def fill_sections(text: str) -> str:
+    """`text` with every generated section made anew."""
+    for name, make in SECTIONS.items():
+        start, end = f"<!-- results: {name} -->", f"<!-- end: {name} -->"
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{make()}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+if __name__ == "__main__":
+    readme = Path(__file__).parent.parent / "README.md"
+    readme.write_text(fill_sections(readme.read_text()))
+    print(f"filled {', '.join(SECTIONS)} in {readme.name}")

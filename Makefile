@@ -1,0 +1,46 @@
+# On a machine with Python and pip, `make demo` and `make test` need nothing else.
+
+export UV_PYTHON_DOWNLOADS ?= never
+UV_HOME := .uv
+UV := $(shell command -v uv >/dev/null 2>&1 && uv --version >/dev/null 2>&1 && echo uv || echo $(UV_HOME)/bin/uv)
+RUN := $(UV) run --quiet
+AOT := UV_PROJECT_ENVIRONMENT=.venv-aot JAX_PLATFORMS=cpu $(UV) run --quiet --group aot
+DATA ?=
+
+.PHONY: demo test lint aot bench gpu clean
+
+demo: .setup  ## data -> train -> publish -> filtered queries -> runs/quickstart*/report.html
+	$(RUN) python -m experiments.quickstart $(if $(DATA),--data $(DATA))
+
+test: .setup  ## everything that needs no GPU; slow tests last
+	JAX_PLATFORMS=cpu $(RUN) pytest -n 2 -m "not slow and not aot and not gpu"
+	JAX_PLATFORMS=cpu $(RUN) pytest -n 2 -m "slow and not aot and not gpu"
+
+lint: .setup
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) pyright
+
+aot: $(UV_HOME)/ready  ## compile every kernel for an H200, without one
+	$(AOT) pytest -m aot
+	$(AOT) python -m pallas_kernels.aot
+
+bench: .setup
+	$(RUN) python -m experiments.bench_bloom
+
+gpu: ## on a machine with a GPU and its own Python packages: tests, then benchmarks
+	python3 -m pytest -p no:cacheprovider -m gpu
+	python3 -m experiments.bench_bloom
+
+.setup: $(UV_HOME)/ready
+	@$(UV) sync --quiet
+
+# uv from the PATH if it works, else from a small environment of its own.
+$(UV_HOME)/ready:
+	@mkdir -p $(UV_HOME)
+	@if [ "$(UV)" != uv ]; then \
+	  python3 -m venv $(UV_HOME) && $(UV_HOME)/bin/python -m pip install --quiet --disable-pip-version-check uv; fi
+	@touch $@
+
+clean:
+	rm -rf .uv .venv .venv-aot runs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,141 @@
+"""Trains a published setting, over several seeds, and records what it reached.
+
+    python -m experiments.train_sequence beauty-hstu
+    python -m experiments.train_sequence beauty-best --seeds 0 1 2
+    python -m experiments.train_sequence --list
+
+Every seed has a folder of its own under `--folder`; stopped, the same command goes on. On two CPU
+cores an epoch of Beauty takes about 6 s; the results say how long whole runs took.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from experiments import record, report
+from experiments.settings import find, names
+from experiments.settings.base import Setting, build_model, load_split
+from jaxrec.data import Dataset, Split, item_counts
+from jaxrec.ops.metrics import ranking_metrics
+from jaxrec.train import evaluate_ranking, make_rank_fn, popularity_ranks, run_config, train
+
+METRICS = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
+
+
+@dataclass(frozen=True)
+class TrainSequence:
+    """What to run.
+
+    Attributes:
+      setting: its name; see `--list`.
+      data: the dataset folder, if it is not where the setting expects it.
+      folder: where runs are kept.
+      num_epochs: instead of the setting's, for a quick look.
+      scratch: records the result of a source tree with uncommitted changes, marked as such.
+      list: prints the names of the settings.
+    """
+
+    setting: tyro.conf.Positional[str] = ""
+    seeds: tuple[int, ...] = (0,)
+    data: Path | None = None
+    folder: Path = Path("runs")
+    num_epochs: int | None = None
+    scratch: bool = False
+    list: Annotated[bool, tyro.conf.arg(name="list")] = False
+
+
+def run_seed(
+    setting: Setting, dataset: Dataset, split: Split, folder: Path, seed: int
+) -> dict[str, float]:
+    """Trains one seed and evaluates its best step on the test users."""
+    model = build_model(setting, dataset, split, seed=seed)
+    config = replace(setting.train, seed=seed)
+    started = time.monotonic()
+    resumed = (folder / "checkpoints").exists()
+    result = train(model, split, config=config, folder=folder)
+    if result.stopped_because.startswith("SIG"):
+        sys.exit(f"stopped by {result.stopped_because}; the same command goes on from here")
+    minutes = (time.monotonic() - started) / 60
+    metrics = evaluate_ranking(
+        make_rank_fn(model), result.best_state.eval_params, split.test, max_len=model.config.max_len
+    )
+    best = next(h for h in result.history if h["step"] == result.best_step)
+    figures = {**metrics, **{f"valid {name}": best[name] for name in METRICS}}
+    figures["best_step"] = float(result.best_step or 0)
+    if not resumed:  # the minutes of a part would mislead
+        figures["minutes"] = minutes
+    return figures
+
+
+def measurements(runs: list[dict[str, float]], setting: str) -> list[dict[str, Any]]:
+    """Every figure with its samples (one a seed), mean and spread."""
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run):
+        samples = [run[name] for run in runs if name in run]
+        unit = {"minutes": "min", "best_step": "steps"}.get(name, "1")
+        rows.append(
+            {
+                "metric": name,
+                "unit": unit,
+                "workload": setting,
+                "samples": samples,
+                "value": float(np.mean(samples)),
+                "spread": float(np.std(samples, ddof=1)) if len(samples) > 1 else 0.0,
+            }
+        )
+    return rows
+
+
+def show(config: TrainSequence, setting: Setting, runs: list[dict[str, float]]) -> None:
+    """Ours beside what others published."""
+    rows = [
+        {
+            "model": f"{config.setting}, seed {seed}",
+            "hr@10": run["hr@10"],
+            "ndcg@10": run["ndcg@10"],
+        }
+        for seed, run in zip(config.seeds, runs, strict=True)
+    ]
+    rows += [{"model": p.source, "hr@10": p.hr10, "ndcg@10": p.ndcg10} for p in setting.published]
+    report.print_table("Test, full ranking, history filtered", rows)
+
+
+def main(config: TrainSequence) -> None:
+    """Trains all seeds, records and shows them."""
+    if config.list or not config.setting:
+        print("\n".join(names()))
+        return
+    setting = find(config.setting)
+    if config.num_epochs is not None:
+        setting = replace(setting, train=replace(setting.train, num_epochs=config.num_epochs))
+    dataset, split = load_split(config.data or setting.data, min_count=setting.min_count)
+    print(f"{config.setting}: {len(split.train):,} users, {split.train.num_items:,} items")
+    started = time.monotonic()
+    runs = [
+        run_seed(setting, dataset, split, config.folder / config.setting / f"seed-{seed}", seed)
+        for seed in config.seeds
+    ]
+    popular = ranking_metrics(popularity_ranks(item_counts(split.train), split.test))
+    model = build_model(setting, dataset, split, seed=0)
+    path = record.write(
+        "train_sequence",
+        config={"setting": config.setting, **run_config(model, setting.train)},
+        measurements=measurements(runs, config.setting),
+        checks={"popularity hr@10": popular["hr@10"], "popularity ndcg@10": popular["ndcg@10"]},
+        seeds=config.seeds,
+        data=record.describe_data((config.data or setting.data).name, *dataset.files),
+        published=[str(figure) for figure in setting.published],
+        wall_s=time.monotonic() - started,
+        scratch=config.scratch,
+    )
+    show(config, setting, runs)
+    print(f"recorded in {path}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(TrainSequence))
