@@ -19,7 +19,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; padding: .38rem .7rem; border-bottom: 1px solid #e3e7ec; }
 th { font-weight: 600; color: #55606e; font-size: .86rem; }
 td.number, th.number { text-align: right; }
-figure { margin: 1rem 0; max-width: 42rem; } img { max-width: 100%; } figcaption { color: #55606e; font-size: .9rem; }
+figure { margin: 1rem 0; max-width: 42rem; } img { max-width: 100%; }
+figcaption { color: #55606e; font-size: .9rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
 code { background: #f2f4f7; padding: .1rem .35rem; border-radius: .25rem; font-size: .9em; }
 """
