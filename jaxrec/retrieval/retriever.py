@@ -32,6 +32,9 @@ from pallas_kernels import IVF_MAX_K
 
 type _Array = jax.Array | np.ndarray
 
+FEW_ELIGIBLE = 16
+"""Queries whose filter passes fewer than this many times k items search all lists."""
+
 
 class IndexState(nnx.Variable):
     """An index tensor: neither trained nor touched by an optimizer, published with the weights."""
@@ -188,9 +191,10 @@ class Retriever(nnx.Module):
         """The k best eligible items for each of the batch's M target positions, in one jitted call.
 
         Items returned always pass their filter: survivors of the search are checked on the stored
-        attributes. A query left with fewer than k searches all lists, and if false positives still
-        stand in the way, evaluates its filter on every item; so `filled` is below k only where
-        fewer than k items are eligible.
+        attributes. A query left with fewer than k, or whose filter passes fewer than
+        `FEW_ELIGIBLE`·k items, searches all lists, and if false positives still stand in the way,
+        evaluates its filter on every item; so `filled` is below k only where fewer than k items
+        are eligible.
 
         Args:
           batch: what the tower encodes; M is the length of `target_positions`.
@@ -332,16 +336,21 @@ def search_eligible(
 
 
 def _verified_round(ivf, bloom, plan, queries, mask, *, k, fetch, nprobe, precision):
-    """(mask without the false positives met, the k best that pass, queries that lack results)."""
+    """(mask without the false positives met, the k best that pass, queries to search on)."""
     found = search_rows(ivf, queries, mask, k=fetch, nprobe=nprobe, precision=precision)
     passes = bloom.verify(plan, found.rows)
+    eligible = jnp.sum(lax.population_count(mask), axis=1, dtype=jnp.int32)
     mask = _without_rows(mask, found.rows, (found.rows >= 0) & ~passes)
     scores, places = lax.top_k(jnp.where(passes, found.scores, -jnp.inf), k)
     rows = jnp.take_along_axis(found.rows, places, axis=1)
     rows = jnp.where(jnp.isneginf(scores), -1, rows)
     filled = jnp.sum(rows >= 0, axis=1)
     remaining = jnp.sum(lax.population_count(mask), axis=1, dtype=jnp.int32)
-    return mask, RowResult(scores, rows, found.exact), (filled < k) & (remaining > filled)
+    lacking = (filled < k) & (remaining > filled)
+    if nprobe < ivf.nlist:
+        # The best of few eligible items lie scattered over all lists, and few are soon scored.
+        lacking |= eligible < FEW_ELIGIBLE * k
+    return mask, RowResult(scores, rows, found.exact), lacking
 
 
 def _select(choose: Bool[Array, "Q"], new: RowResult, old: RowResult) -> RowResult:
