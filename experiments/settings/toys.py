@@ -16,6 +16,7 @@ TRAIN = TrainConfig(
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
     ema_decay=0.999,
     num_epochs=40,
+    eval_users=8192,
     patience=5,
 )
 
