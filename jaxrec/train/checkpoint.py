@@ -22,6 +22,7 @@ from jaxrec.functional import leaf_names
 from jaxrec.train.config_diff import check_same_config
 from jaxrec.train.fingerprint import fingerprints
 from jaxrec.train.folder_lock import FolderInUse, lock_folder
+from jaxrec.train.orbax_log import hush_orbax, unhush_orbax
 from jaxrec.typing import PyTree
 
 STEPS_FOLDER = "checkpoints"
@@ -76,11 +77,12 @@ class CheckpointStore:
         self._keep, self._read_only = keep, read_only
         self._scores: dict[int, float] = {}
         self._lock = self._take_lock()
+        self._hush = hush_orbax()
         try:
             self._manager = self._open_manager()
             self._scores = self._read_scores()
         except BaseException:
-            self._release_lock()
+            self._let_go()
             raise
 
     def __enter__(self) -> Self:
@@ -199,7 +201,7 @@ class CheckpointStore:
             self.wait()
         finally:
             self._manager.close()
-            self._release_lock()
+            self._let_go()
 
     def _take_lock(self) -> TextIO | None:
         if self._read_only:
@@ -216,7 +218,8 @@ class CheckpointStore:
                 "other. Wait for it, stop it, or give this run another folder."
             ) from error
 
-    def _release_lock(self) -> None:
+    def _let_go(self) -> None:
+        unhush_orbax(self._hush)
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ class RunLog:
     """`log.jsonl`, one object a line, and TensorBoard events where tensorboardX is installed.
 
     Opening it for a resumed run drops the lines of steps past the restored one, so that the file
-    reads as if the run had never stopped.
+    reads as if the run had never stopped. What cannot be written (disk full) is kept and written
+    with a later line; training goes on.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -111,13 +113,18 @@ class RunLog:
         scratch = path.with_suffix(".tmp")
         scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
         scratch.replace(path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
         self._board = _tensorboard(folder / "tensorboard", first_step)
 
     def write(self, step: int, kind: str, figures: Mapping[str, Any]) -> None:
-        """Appends one line and flushes it."""
-        self._file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
-        self._file.flush()
+        """Appends one line."""
+        self._unwritten += json.dumps({"step": step, "kind": kind, **figures}).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            warnings.warn(f"{self._file.name} lags behind: {error}", stacklevel=2)
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
