@@ -1,4 +1,29 @@
 """GPU kernels for recommenders, each with an XLA reference that defines what is correct."""
 
-from pallas_kernels.hstu_attention import hstu_attention as hstu_attention
-from pallas_kernels.softmax_attention import softmax_attention as softmax_attention
+from pallas_kernels._backend import Backend, BackendError
+from pallas_kernels.bloom import MAX_DEPTH as BLOOM_MAX_DEPTH
+from pallas_kernels.bloom import BloomMasks, BloomOp, bloom_build, bloom_search
+from pallas_kernels.hstu_attention import hstu_attention
+from pallas_kernels.ivf import MAX_K as IVF_MAX_K
+from pallas_kernels.ivf import TILE_ROWS as IVF_TILE_ROWS
+from pallas_kernels.ivf import IvfTopK, ivf_search, probed_tiles_bound, quantise, rescore
+from pallas_kernels.softmax_attention import softmax_attention
+
+__all__ = [
+    "BLOOM_MAX_DEPTH",
+    "IVF_MAX_K",
+    "IVF_TILE_ROWS",
+    "Backend",
+    "BackendError",
+    "BloomMasks",
+    "BloomOp",
+    "IvfTopK",
+    "bloom_build",
+    "bloom_search",
+    "hstu_attention",
+    "ivf_search",
+    "probed_tiles_bound",
+    "quantise",
+    "rescore",
+    "softmax_attention",
+]

@@ -24,20 +24,29 @@ class Band(NamedTuple):
     reach: int
     ahead: int
 
-    def split(self, x: jax.Array) -> jax.Array:
-        """[T, …] → [num_blocks, block, …], with zeros behind T."""
+    def split(self, x: jax.Array, fill: Any = 0) -> jax.Array:
+        """[T, …] → [num_blocks, block, …], with `fill` behind T."""
         padding = self.num_blocks * self.block - x.shape[0]
-        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
         return x.reshape(self.num_blocks, self.block, *x.shape[1:])
 
-    def keys(self, x: jax.Array, fill: Any = 0) -> jax.Array:
-        """[T, …] → blocks with `reach` blocks of `fill` before them and `ahead` behind."""
-        padding = [(self.reach, self.ahead)] + [(0, 0)] * x.ndim
-        return jnp.pad(self.split(x), padding, constant_values=fill)
+    def surround(self, blocks: jax.Array, fill: Any = 0) -> jax.Array:
+        """Key blocks with `reach` blocks of `fill` before them and `ahead` behind."""
+        padding = [(self.reach, self.ahead)] + [(0, 0)] * (blocks.ndim - 1)
+        return jnp.pad(blocks, padding, constant_values=fill)
+
+    def inner(self, keys: jax.Array) -> jax.Array:
+        """Takes off what `surround` added."""
+        return keys[self.reach : self.reach + self.num_blocks]
 
     def at_offset(self, keys: jax.Array, offset: jax.Array | int) -> jax.Array:
         """The key block that lies `offset` blocks before each query block."""
         return lax.dynamic_slice_in_dim(keys, self.reach - offset, self.num_blocks, axis=0)
+
+    def add_at_offset(self, keys: jax.Array, offset: jax.Array | int, x: jax.Array) -> jax.Array:
+        """Adds to the key blocks what `at_offset` would read."""
+        total = self.at_offset(keys, offset) + x
+        return lax.dynamic_update_slice_in_dim(keys, total, self.reach - offset, axis=0)
 
     def accumulate(self, step: Callable[[Any, Any], Any], init: Any) -> Any:
         """Folds `step(carry, offset)` over all offsets; long bands are recomputed in backward."""
@@ -58,6 +67,17 @@ def make_band(num_tokens: int, max_len: int, *, look_ahead: bool = False) -> Ban
         block *= 2
     reach = -(-(max_len - 1) // block)
     return Band(block, -(-num_tokens // block), reach, reach if look_ahead else 0)
+
+
+def to_blocks(band: Band, x: jax.Array) -> jax.Array:
+    """[T, H, D] → [num_blocks, H, block, D]: heads before tokens, as matmuls want them."""
+    return band.split(x).swapaxes(1, 2)
+
+
+def from_blocks(blocks: jax.Array, num_tokens: int) -> jax.Array:
+    """[num_blocks, H, block, D] → [T, H, D]."""
+    num_blocks, heads, block, width = blocks.shape
+    return blocks.swapaxes(1, 2).reshape(num_blocks * block, heads, width)[:num_tokens]
 
 
 def token_coordinates(seq_offsets: jax.Array, num_tokens: int) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ from jaxrec.data.attributes import (
     read_item_attributes_json,
 )
 from jaxrec.data.dataset import EvalSet, SequenceDataset, dataset_of
+from jaxrec.data.folder import Dataset, read_dataset
 from jaxrec.data.interactions import Interactions, ReadReport, build_interactions
 from jaxrec.data.pipeline import TrainingBatches, eval_batches, training_batches
 from jaxrec.data.prefetch import PrefetchIterator, ResumableIterator
@@ -28,6 +29,7 @@ from jaxrec.data.vocabulary import Vocabulary
 __all__ = [
     "ColumnMap",
     "DataFormatError",
+    "Dataset",
     "EvalSet",
     "Interactions",
     "ItemAttributes",
@@ -52,6 +54,7 @@ __all__ = [
     "leave_one_out",
     "make_batch",
     "make_query_batch",
+    "read_dataset",
     "read_events_jsonl",
     "read_item_attributes_csv",
     "read_item_attributes_json",

@@ -136,6 +136,8 @@ def read_item_attributes_csv(
     collector = _Collector(items, list(features))
     line = None
     for line, fields in rows:
+        if not fields:
+            continue
         if len(fields) != len(header):
             raise DataFormatError(
                 path,

@@ -74,7 +74,7 @@ class SequenceDataset:
     def __len__(self) -> int:
         return len(self.seq_offsets) - 1
 
-    def sequence(self, row: int) -> Int32[np.ndarray, "L"]:
+    def sequence(self, row: int | np.integer) -> Int32[np.ndarray, "L"]:
         """The item numbers of one sequence, a view; a row out of range is an IndexError."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is outside 0..{len(self) - 1}.")
@@ -110,6 +110,13 @@ class EvalSet:
         if len(self.targets) != len(self.histories):
             raise ValueError(
                 f"{len(self.histories)} histories but {len(self.targets)} targets; expected equal."
+            )
+        wrong = (self.targets < 1) | (self.targets > self.histories.num_items)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise ValueError(
+                f"targets[{row}] is {self.targets[row]}; expected 1..{self.histories.num_items} "
+                "(0 is padding)."
             )
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """Batches for training (shuffled, packed, resumable at any batch) and for evaluation (in order).
 
 The iterator is the library's own, whatever else is installed: its batches are a function of the
-dataset, the settings, the seed and a place, and its state is four numbers beside the settings.
+dataset, the settings, the seed and a place; its state is three numbers and the settings.
 `TrainingBatches.to_grain` offers the same batches as a `grain.IterDataset`, for mixing, mapping
 and Grain's checkpoint handlers; states are the same on both sides.
 """
@@ -9,7 +9,7 @@ and Grain's checkpoint handlers; states are the same on both sides.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -94,8 +94,10 @@ class TrainingBatches:
 
     def to_grain(self) -> "grain.IterDataset[JaggedBatch]":
         """The same batches and states as a Grain dataset (needs grain)."""
-        import grain
-
+        try:
+            import grain
+        except ImportError as error:
+            raise ImportError("to_grain needs grain: install jaxrec[data].") from error
         batches = self
 
         class GrainIterator(grain.DatasetIterator[JaggedBatch]):
@@ -134,7 +136,7 @@ class BatchIterator:
         self.position = 0
         self.batches = 0
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> JaggedBatch:

@@ -3,11 +3,12 @@
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 from jaxrec.ops.jagged import JaggedBatch
 
 
+@runtime_checkable
 class ResumableIterator(Protocol):
     """An iterator of batches whose place can be stored as JSON and taken up again."""
 
@@ -48,7 +49,7 @@ class PrefetchIterator:
         self._state = source.get_state()
         self._worker: tuple[threading.Thread, threading.Event, queue.Queue] | None = None
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> "PrefetchIterator":
         return self
 
     def __next__(self) -> JaggedBatch:

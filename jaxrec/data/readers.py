@@ -134,8 +134,9 @@ def read_events_jsonl(
         for position, event in enumerate(events):
             item, time = _parse_event(path, line, position, event)
             if types is not None:
-                kind = _required(path, line, event, "type", f"events[{position}].type")
-                found_types.add(str(kind))
+                field = f"events[{position}].type"
+                kind = _raw_id(path, line, _required(path, line, event, "type", field), field)
+                found_types.add(kind)
                 if kind not in types:
                     rows_filtered += 1
                     continue
@@ -146,7 +147,8 @@ def read_events_jsonl(
         if rows_filtered:
             raise DataFormatError(
                 path,
-                f"no event has a type of {sorted(types or ())}; the file has {sorted(found_types)}",
+                f"no event has a type of {sorted(types or ())}; the file has "
+                f"{sorted(found_types)}.",
                 field="type",
             )
         raise empty_file(path, "one session with events a line")
@@ -216,7 +218,7 @@ def _raw_id(path: str | Path, line: int, value: object, field: str) -> str:
     )
 
 
-def read_movielens(path: str | Path, *, min_rating: float | None = None) -> Interactions:
+def read_movielens(path: str | Path, *, min_rating: float | int | None = None) -> Interactions:
     """Reads MovieLens ratings: CSV with a header, or `user::movie::rating::timestamp` lines.
 
     Args:

@@ -1,6 +1,6 @@
 """Negative samplers as plain arrays: usable in jit, with the log-probability of every item."""
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class UniformSampler(NamedTuple):
     log_q: Float[np.ndarray | Array, "V"]
 
     @classmethod
-    def create(cls, num_items: int) -> Self:
+    def create(cls, num_items: int) -> "UniformSampler":
         """A sampler over items 1..num_items."""
         _check_num_items(num_items)
         return cls(num_items, _log_q(np.full(num_items, 1 / num_items)))
@@ -55,8 +55,8 @@ class PopularitySampler(NamedTuple):
 
     @classmethod
     def from_counts(
-        cls, counts: Int[np.ndarray, "V"], *, alpha: float = 0.75, smoothing: float = 1.0
-    ) -> Self:
+        cls, counts: Int[np.ndarray, "V"], *, alpha: float | int = 0.75, smoothing: float | int = 1
+    ) -> "PopularitySampler":
         """Probability proportional to (count + smoothing) ** alpha.
 
         Args:
@@ -73,7 +73,7 @@ class PopularitySampler(NamedTuple):
         return cls._from_weights((counts[1:] + smoothing) ** float(alpha))
 
     @classmethod
-    def log_uniform(cls, counts: Int[np.ndarray, "V"]) -> Self:
+    def log_uniform(cls, counts: Int[np.ndarray, "V"]) -> "PopularitySampler":
         """Zipf's law over popularity ranks: log(1 + 1 / (rank + 1)) for rank 0, 1, ….
 
         Args:
@@ -85,7 +85,7 @@ class PopularitySampler(NamedTuple):
         return cls._from_weights(np.log1p(1 / (rank + 1.0)))
 
     @classmethod
-    def _from_weights(cls, weights: Float64[np.ndarray, "N"]) -> Self:
+    def _from_weights(cls, weights: Float64[np.ndarray, "N"]) -> "PopularitySampler":
         q = weights / weights.sum()
         threshold, alias = _alias_table(q)
         return cls(threshold.astype(np.float32), alias + np.int32(1), _log_q(q))

@@ -61,15 +61,15 @@ class SyntheticConfig:
     num_creators: int = 3_000
     num_tags: int = 300
     min_events: int = 5
-    mean_events: float = 24.0
+    mean_events: float | int = 24.0
     max_events: int = 60
     num_successors: int = 4
-    follow_last: float = 0.5
-    follow_second_last: float = 0.2
-    from_topic: float = 0.2
-    drift: float = 0.3
-    session_events: float = 6.0
-    zipf_exponent: float = 1.0
+    follow_last: float | int = 0.5
+    follow_second_last: float | int = 0.2
+    from_topic: float | int = 0.2
+    drift: float | int = 0.3
+    session_events: float | int = 6.0
+    zipf_exponent: float | int = 1.0
     seed: int = 0
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """Reader of Parquet and CSV tables with any column names (needs polars)."""
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,12 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from jaxrec.data.interactions import Interactions, TimeUnit, build_interactions
-from jaxrec.data.text_input import DataFormatError, empty_file, require_columns
+from jaxrec.data.text_input import (
+    DataFormatError,
+    csv_rows,
+    empty_file,
+    require_columns,
+)
 from jaxrec.data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -33,7 +39,7 @@ class ColumnMap:
     item: str
     timestamp: str | None = None
     rating: str | None = None
-    min_rating: float | None = None
+    min_rating: float | int | None = None
     time_unit: TimeUnit = "s"
 
     def __post_init__(self):
@@ -58,19 +64,17 @@ def read_table(path: str | Path, *, columns: ColumnMap) -> Interactions:
 
     Raises:
       DataFormatError: an empty table, a missing column, an empty id, a time or rating that is
-        not a number, no row of at least `min_rating`. Lines of a CSV are counted as records, so
-        the number is too low behind a quoted line break.
+        not a number, a line with too many fields, no row of at least `min_rating`.
       ValueError: another suffix.
       ImportError: polars is not installed.
     """
-    import polars as pl
-
     frame = _load(path, columns)
     if frame.height == 0:
         raise empty_file(path, "rows below the header" if _is_csv(path) else "rows")
     for name in (columns.user, columns.item):
-        missing = (frame[name].is_null() | (frame[name].cast(pl.String) == "")).fill_null(True)
-        _require_values(path, name, missing.to_numpy(), "an id, found nothing")
+        _require_values(
+            path, name, _is_blank(frame[name]), "an id, found nothing; fill it or remove it"
+        )
     timestamps, time_unit = _as_times(path, columns, frame)
     keep = _well_rated(path, columns, frame)
     rows_filtered = 0
@@ -97,8 +101,10 @@ def _is_csv(path: str | Path) -> bool:
 
 
 def _load(path: str | Path, columns: ColumnMap) -> "pl.DataFrame":
-    import polars as pl
-
+    try:
+        import polars as pl
+    except ImportError as error:
+        raise ImportError("read_table needs polars: install jaxrec[data].") from error
     suffix = Path(path).suffix
     if suffix not in (".csv", ".parquet"):
         raise ValueError(f"{path}: expected a .csv or .parquet file, found suffix {suffix!r}.")
@@ -109,25 +115,43 @@ def _load(path: str | Path, columns: ColumnMap) -> "pl.DataFrame":
         else:
             lazy = pl.scan_parquet(path)
         require_columns(path, columns.names, lazy.collect_schema().names())
-        return lazy.select(dict.fromkeys(columns.names)).collect()
+        return lazy.select(list(dict.fromkeys(columns.names))).collect()
     except pl.exceptions.NoDataError as error:
         raise empty_file(path, "a header and rows") from error
     except pl.exceptions.ComputeError as error:
+        if suffix == ".csv":
+            _check_lines(path)
         raise DataFormatError(path, f"not a readable {suffix[1:]} file: {error}") from error
+
+
+def _check_lines(path: str | Path) -> None:
+    """Raises for the first line that is not UTF-8 or has more fields than the header."""
+    rows = csv_rows(path)
+    _, header = next(rows)
+    for line, fields in rows:
+        if len(fields) > len(header):
+            raise DataFormatError(
+                path,
+                f"expected {len(header)} fields, found {len(fields)}. Quote values with commas.",
+                line=line,
+            )
+
+
+def _is_blank(series: "pl.Series") -> np.ndarray:
+    """Where there is no id: null or empty text."""
+    import polars as pl
+
+    return (series.cast(pl.String).fill_null("") == "").to_numpy()
 
 
 def _require_values(path: str | Path, name: str, bad: np.ndarray, problem: str) -> None:
     """Raises for the first bad row: its line in a CSV (below the header), its row in Parquet."""
-    if bad.any():
-        row = int(bad.argmax()) + 1
-        csv = _is_csv(path)
-        raise DataFormatError(
-            path,
-            f"expected {problem}.",
-            line=row + csv,
-            field=name,
-            line_word="line" if csv else "row",
-        )
+    if not bad.any():
+        return
+    row, word = int(bad.argmax()) + 1, "row"
+    if _is_csv(path):
+        row, word = next(line for line, _ in islice(csv_rows(path), row, None)), "line"
+    raise DataFormatError(path, f"expected {problem}.", line=row, field=name, line_word=word)
 
 
 def _as_numbers(path: str | Path, name: str, series: "pl.Series") -> np.ndarray:

@@ -52,8 +52,11 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def csv_rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
-    """Streams (number of the line a record ends on, its fields) of a CSV file, quotes undone."""
-    reader = csv.reader(text for _, text in numbered_lines(path))
+    """Streams (number of the line a record ends on, its fields) of a CSV file, quotes undone.
+
+    A blank line is a record without fields.
+    """
+    reader = csv.reader(f"{text}\n" for _, text in numbered_lines(path))
     while True:
         try:
             row = next(reader)
@@ -61,8 +64,7 @@ def csv_rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             raise DataFormatError(path, f"not valid CSV: {error}.", line=reader.line_num) from error
-        if row:
-            yield reader.line_num, row
+        yield reader.line_num, row
 
 
 def require_columns(path: str | Path, wanted: Sequence[str], found: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
 """Raw ids (the strings of a data file) and the dense numbers that models use for them."""
 
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,7 +67,7 @@ class Vocabulary:
         """The numbers of many raw ids; an unknown one is a ValueError that names it."""
         return np.fromiter(map(self.index_of, raw_ids), dtype=np.int32, count=len(raw_ids))
 
-    def raw_of(self, index: int) -> str:
+    def raw_of(self, index: int | np.integer) -> str:
         """The raw id of one number; padding and numbers out of range are a ValueError."""
         if not self.first_index <= index < self.first_index + self.size:
             raise ValueError(
@@ -86,9 +85,9 @@ class Vocabulary:
         encoded = [raw.encode() for raw in self.ids.tolist()]
         ends = np.cumsum([len(raw) for raw in encoded], dtype=np.int64)
         target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "wb") as file:
                 np.savez_compressed(
                     file,
                     kind=np.array(self.kind),
@@ -100,7 +99,7 @@ class Vocabulary:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -114,7 +113,7 @@ class Vocabulary:
                     "Give a file written by Vocabulary.save."
                 )
             text, ends = stored["text"].tobytes(), stored["ends"].tolist()
-            starts = [0, *ends[:-1]]
+            starts = [0, *ends][:-1]
             raw_ids = [text[a:b].decode() for a, b in zip(starts, ends, strict=True)]
             return cls.create(str(stored["kind"]), raw_ids, first_index=int(stored["first_index"]))
 

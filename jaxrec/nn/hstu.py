@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
+from jaxrec.nn.checks import check_at_least, check_choice, check_heads, check_share
 from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
 from jaxrec.ops.jagged import JaggedBatch, positions
 from jaxrec.ops.layers import dropout, layer_norm
@@ -25,6 +26,10 @@ class HSTUConfig:
         width / num_heads.
       time_buckets: 0 leaves the time bias out (for data without timestamps).
       absolute_positions: learned embeddings of the position, added to the items'.
+
+    Raises:
+      ValueError: a size below 1, dropout outside 0 … 1, a width that the heads do not divide
+        although qk_width or v_width follow from it, an unknown compute_dtype.
     """
 
     num_items: int
@@ -38,6 +43,18 @@ class HSTUConfig:
     time_buckets: int = 0
     absolute_positions: bool = True
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        check_at_least(
+            self, num_items=1, max_len=1, width=1, num_blocks=1, num_heads=1, time_buckets=0
+        )
+        for name in ("qk_width", "v_width"):
+            if getattr(self, name) is None:
+                check_heads(self, self.width, self.num_heads)
+            else:
+                check_at_least(self, **{name: 1})
+        check_share(self, "dropout", below_one=True)
+        check_choice(self, "compute_dtype", ("float32", "bfloat16"))
 
 
 class HSTUBlock(nnx.Module):
@@ -62,7 +79,8 @@ class HSTUBlock(nnx.Module):
 
     def __call__(
         self, x: Float[jax.Array, "T D"], batch: JaggedBatch, key: jax.Array | None
-    ) -> jax.Array:
+    ) -> Float[jax.Array, "T D"]:
+        """The block's output for every token slot; dropout only where a key is given."""
         heads, tokens = self.config.num_heads, x.shape[0]
         widths = [heads * self.v_width] * 2 + [heads * self.qk_width]
         ends = [sum(widths[: i + 1]) for i in range(3)]
@@ -100,11 +118,15 @@ class HSTU(nnx.Module):
     def encode(
         self, batch: JaggedBatch, *, key: jax.Array | None = None
     ) -> Float[jax.Array, "T D"]:
-        """Hidden state of every token slot; dropout only where a key is given."""
+        """Hidden state of every token slot; dropout only where a key is given.
+
+        Slots behind the last sequence hold finite values without meaning. The dtype is the
+        configuration's `compute_dtype`.
+        """
         keys = [None] * (len(self.blocks) + 1)
         if key is not None:
             keys = list(jax.random.split(key, len(keys)))
-        x = self.items(batch.item_ids) * self.config.width**0.5
+        x = self.items(jnp.asarray(batch.item_ids)) * self.config.width**0.5
         if self.positions is not None:
             position = positions(batch.seq_offsets, batch.item_ids.shape[0])
             x = x + self.positions[...][jnp.clip(position, 0, self.config.max_len - 1)]

@@ -19,6 +19,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(fan_out)) if bias else None
 
     def __call__(self, x: Float[jax.Array, "*rows fan_in"]) -> Float[jax.Array, "*rows fan_out"]:
+        """x @ kernel + bias, in the dtype of x."""
         out = x @ self.kernel[...].astype(x.dtype)
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
@@ -31,6 +32,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: Float[jax.Array, "*rows D"]) -> Float[jax.Array, "*rows D"]:
+        """Rows of mean 0 and variance 1, scaled and shifted."""
         return layer_norm(x, self.scale[...], self.bias[...])
 
 
@@ -42,5 +44,6 @@ class ItemEmbedding(nnx.Module):
         self.table = nnx.Param(rows.at[PADDING_ID].set(0))
 
     def __call__(self, item_ids: Int[jax.Array, "*ids"]) -> Float[jax.Array, "*ids D"]:
+        """The items' rows; zeros for padding."""
         rows = self.table[...][item_ids]
         return jnp.where((item_ids != PADDING_ID)[..., None], rows, 0)

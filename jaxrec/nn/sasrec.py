@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from jaxrec.nn.checks import check_at_least, check_choice, check_heads, check_share
 from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
 from jaxrec.ops.jagged import JaggedBatch, positions, positions_from_end
 from jaxrec.ops.layers import causal_filter, dropout
@@ -23,10 +24,15 @@ class SASRecConfig:
       num_items: items in the catalogue, numbered from 1.
       max_len: tokens of the longest sequence.
       positions: which end positions count from. "end" suits one sample per prefix, where the
-        last token is the only one scored; "start" any sampling.
+        last token is the only one scored; "start" any sampling. With "end" an output depends on
+        how many tokens follow it (never on which), so train and score on whole prefixes.
       filter_share: 0 is plain attention; otherwise the weight of the causal frequency filter
         beside attention, which keeps 1 - filter_share.
-      filter_cutoff: frequencies that the filter's low-pass starts with, of max_len.
+      filter_cutoff: frequencies that the filter's low-pass starts with, of max_len // 2 + 1.
+
+    Raises:
+      ValueError: a size below 1, a share outside 0 … 1 (dropout: below 1), a width that the heads
+        do not divide, an unknown choice.
     """
 
     num_items: int
@@ -41,12 +47,28 @@ class SASRecConfig:
     filter_cutoff: int = 5
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
+    def __post_init__(self):
+        check_at_least(
+            self, num_items=1, max_len=1, width=1, num_blocks=1, num_heads=1, ffn_factor=1
+        )
+        check_heads(self, self.width, self.num_heads)
+        check_share(self, "dropout", below_one=True)
+        check_share(self, "filter_share", below_one=False)
+        check_choice(self, "positions", ("start", "end"))
+        check_choice(self, "compute_dtype", ("float32", "bfloat16"))
+        if self.filter_share and not 1 <= self.filter_cutoff <= self.max_len // 2 + 1:
+            raise ValueError(
+                f"SASRecConfig.filter_cutoff is {self.filter_cutoff}; expected 1 to "
+                f"{self.max_len // 2 + 1}, the frequencies of max_len={self.max_len}"
+            )
+
 
 def low_pass_taps(max_len: int, cutoff: int) -> np.ndarray:
     """Past half of the circular kernel that keeps the lowest `cutoff` frequencies of max_len."""
-    lag = np.arange(max_len)
-    waves = np.cos(2 * np.pi * np.arange(1, cutoff)[:, None] * lag / max_len)
-    return (1 + 2 * waves.sum(0)) / max_len
+    frequency, lag = np.arange(cutoff)[:, None], np.arange(max_len)
+    # Every frequency stands for itself and its mirror image, but for the two that are their own.
+    weight = np.where((frequency == 0) | (2 * frequency == max_len), 1, 2)
+    return (weight * np.cos(2 * np.pi * frequency * lag / max_len)).sum(0) / max_len
 
 
 class SelfAttention(nnx.Module):
@@ -57,7 +79,10 @@ class SelfAttention(nnx.Module):
         self.qkv = Linear(config.width, 3 * config.width, rngs=rngs)
         self.out = Linear(config.width, config.width, rngs=rngs)
 
-    def __call__(self, x: Float[jax.Array, "T D"], seq_offsets: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Float[jax.Array, "T D"], seq_offsets: jax.Array
+    ) -> Float[jax.Array, "T D"]:
+        """Every token's mix of itself and the earlier tokens of its sequence."""
         qkv = self.qkv(x).reshape(x.shape[0], 3, self.num_heads, -1)
         attended = softmax_attention(
             qkv[:, 0], qkv[:, 1], qkv[:, 2], seq_offsets, max_len=self.max_len
@@ -73,7 +98,10 @@ class FrequencyFilter(nnx.Module):
         self.taps = nnx.Param(jnp.tile(jnp.asarray(taps, jnp.float32)[:, None], config.width))
         self.gain = nnx.Param(jax.random.normal(rngs.params(), (config.width,)))
 
-    def __call__(self, x: Float[jax.Array, "T D"], seq_offsets: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Float[jax.Array, "T D"], seq_offsets: jax.Array
+    ) -> Float[jax.Array, "T D"]:
+        """Low frequencies as they are, the others by gain²."""
         low = causal_filter(x, seq_offsets, self.taps[...])
         return low + (self.gain[...] ** 2).astype(x.dtype) * (x - low)
 
@@ -93,7 +121,8 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Float[jax.Array, "T D"], seq_offsets: jax.Array, key: jax.Array | None
-    ) -> jax.Array:
+    ) -> Float[jax.Array, "T D"]:
+        """The block's output for every token slot; dropout only where a key is given."""
         rate, share = self.config.dropout, self.config.filter_share
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         attended = dropout(self.attention(x, seq_offsets), rate, keys[0])
@@ -124,15 +153,19 @@ class SASRec(nnx.Module):
     def encode(
         self, batch: JaggedBatch, *, key: jax.Array | None = None
     ) -> Float[jax.Array, "T D"]:
-        """Hidden state of every token slot; dropout only where a key is given."""
+        """Hidden state of every token slot; dropout only where a key is given.
+
+        Slots behind the last sequence hold finite values without meaning. The dtype is the
+        configuration's `compute_dtype`.
+        """
         dtype = jnp.dtype(self.config.compute_dtype)
         keys = [None] * (len(self.blocks) + 1)
         if key is not None:
             keys = list(jax.random.split(key, len(keys)))
-        offsets = jnp.asarray(batch.seq_offsets)
+        item_ids, offsets = jnp.asarray(batch.item_ids), jnp.asarray(batch.seq_offsets)
         place = positions if self.config.positions == "start" else positions_from_end
-        position = jnp.clip(place(offsets, batch.item_ids.shape[0]), 0, self.config.max_len - 1)
-        x = self.items(batch.item_ids) + self.positions[...][position]
+        position = jnp.clip(place(offsets, item_ids.shape[0]), 0, self.config.max_len - 1)
+        x = self.items(item_ids) + self.positions[...][position]
         x = dropout(self.norm(x.astype(dtype)), self.config.dropout, keys[0])
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
             x = block(x, offsets, block_key)

@@ -10,7 +10,7 @@ from jaxrec.ops.jagged import positions
 def dropout(
     x: Float[jax.Array, "*shape"], rate: float, key: jax.Array | None
 ) -> Float[jax.Array, "*shape"]:
-    """Zeros a share `rate` of the elements and scales up the rest; nothing without a key."""
+    """Zeros a share `rate` < 1 of the elements and scales up the rest; nothing without a key."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -44,6 +44,8 @@ def causal_filter(
 
         out[t, d] = Σ_n taps[n, d] · x[t - n, d],   t - n in the same sequence
 
+    Slots behind the last sequence are filtered among themselves. Products are summed in f32.
+
     Cost: 2·T·W·D FLOPs.
     """
     position = positions(seq_offsets, x.shape[0])
@@ -52,6 +54,6 @@ def causal_filter(
     def tap(n):
         start = taps.shape[0] - 1 - n
         shifted = jax.lax.slice_in_dim(padded, start, start + x.shape[0], axis=0)
-        return jnp.where((position >= n)[:, None], shifted, 0) * taps[n].astype(x.dtype)
+        return jnp.where((position >= n)[:, None], shifted, 0) * taps[n].astype(jnp.float32)
 
-    return sum((tap(n) for n in range(1, taps.shape[0])), tap(0))
+    return sum((tap(n) for n in range(1, taps.shape[0])), tap(0)).astype(x.dtype)

@@ -4,6 +4,7 @@ All take the outputs at the target positions, the item table (row 0 is padding a
 candidate) and the target ids, and return the mean over the targets that are not padding.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -34,8 +35,12 @@ def full_softmax_loss(
 
     Gradients are made in the same pass, chunk by chunk of rows, so nothing is recomputed.
 
+    Args:
+      hidden, table: of one dtype, bf16 or f32; logits and sums are f32.
+      max_logits: logits held at once (static); rows are taken in equal chunks of that many.
+
     Cost: 6·M·V·D FLOPs with gradients, 2·M·V·D without; memory max(max_logits, V) logits and
-    one f32 copy of the table.
+    one f32 copy of the table. Differentiable once, in reverse.
     """
     return _softmax_pass(hidden, table, target_ids, max_logits, with_gradients=False)[0]
 
@@ -49,36 +54,41 @@ def _softmax_pass(
     with_gradients: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The loss, and its gradients by hidden and table (zeros unless asked for)."""
-    num_rows, num_items = hidden.shape[0], table.shape[0]
-    chunk = max(1, min(num_rows, max_logits // num_items))
-    padding = -num_rows % chunk
-    rows = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
-    ids = jnp.pad(target_ids, (0, padding)).reshape(-1, chunk)
-    weights = (ids != PADDING_ID) / jnp.maximum((target_ids != PADDING_ID).sum(), 1)
+    (num_rows, width), num_items = hidden.shape, table.shape[0]
+    num_chunks = max(1, -(-num_rows // max(1, max_logits // num_items)))
+    chunk = -(-num_rows // num_chunks)
+    padding = num_chunks * chunk - num_rows
+    rows = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(num_chunks, chunk, width)
+    real = target_ids != PADDING_ID
+    weight = (real / jnp.maximum(real.sum(), 1)).astype(jnp.float32)
+    weights = jnp.pad(weight, (0, padding)).reshape(num_chunks, chunk)
     is_item = jnp.arange(num_items) != PADDING_ID
 
     def one_chunk(carry, rows_and_weights):
         loss, dtable = carry
         h, weight = rows_and_weights
         logits = jnp.einsum("md,vd->mv", h, table, preferred_element_type=jnp.float32)
-        peak = logits.max(axis=1, keepdims=True)
-        exps = jnp.where(is_item, jnp.exp(logits - peak), 0)
+        logits = jnp.where(is_item, logits, NEVER)
+        peak = logits.max(axis=1)
+        exps = jnp.exp(logits - peak[:, None])
         total = exps.sum(axis=1)
-        loss += (weight * (jnp.log(total) + peak[:, 0])).sum()
+        loss += (weight * (jnp.log(total) + peak)).sum()
         if not with_gradients:
-            return (loss, dtable), jnp.zeros_like(h)
-        dlogits = (exps * (weight / total)[:, None]).astype(h.dtype)
-        dh = jnp.einsum("mv,vd->md", dlogits, table, preferred_element_type=jnp.float32)
-        dtable += jnp.einsum("mv,md->vd", dlogits, h, preferred_element_type=jnp.float32)
+            return (loss, dtable), jnp.zeros_like(h, jnp.float32)
+        # The row factor goes to the small operands: one pass less over all logits.
+        factor, exps = (weight / total)[:, None], exps.astype(h.dtype)
+        dh = jnp.einsum("mv,vd->md", exps, table, preferred_element_type=jnp.float32) * factor
+        scaled = (h * factor).astype(h.dtype)
+        dtable += jnp.einsum("mv,md->vd", exps, scaled, preferred_element_type=jnp.float32)
         return (loss, dtable), dh
 
     init = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
     (loss, dtable), dhidden = jax.lax.scan(one_chunk, init, (rows, weights))
-    weight, target_rows = weights.reshape(-1)[:num_rows, None], table[target_ids]
+    target_rows = table[target_ids]
     scores = jnp.einsum("md,md->m", hidden, target_rows, preferred_element_type=jnp.float32)
-    loss -= (weight[:, 0] * scores).sum()
-    dhidden = dhidden.reshape(-1, hidden.shape[1])[:num_rows] - weight * target_rows
-    dtable = dtable.at[target_ids].add(-weight * hidden)
+    loss -= (weight * scores).sum()
+    dhidden = dhidden.reshape(-1, width)[:num_rows] - weight[:, None] * target_rows
+    dtable = dtable.at[target_ids].add(-weight[:, None] * hidden)
     return loss, dhidden.astype(hidden.dtype), dtable.astype(table.dtype)
 
 
@@ -97,14 +107,27 @@ def _softmax_backward(max_logits, gradients, dloss):
 full_softmax_loss.defvjp(_softmax_forward, _softmax_backward)
 
 
+def _check_negatives(negative_ids: jax.Array, target_ids: jax.Array) -> None:
+    shape, num_targets = negative_ids.shape, target_ids.shape[0]
+    if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != num_targets):
+        raise ValueError(
+            f"negative_ids has shape {shape}; expected [S], shared by all targets, "
+            f"or [M, S] with M = {num_targets} targets"
+        )
+
+
 def _score_candidates(
     hidden: jax.Array, table: jax.Array, target_ids: jax.Array, negative_ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """f32 scores of the targets [M] and of their negatives [M, S], shared or one set a target."""
+    """f32 scores of the targets [M] and of their negatives [M, S], shared or one set a target.
+
+    Negatives that are the target itself or padding score `NEVER`.
+    """
     target = jnp.einsum("md,md->m", hidden, table[target_ids], preferred_element_type=jnp.float32)
     formula = "md,sd->ms" if negative_ids.ndim == 1 else "md,msd->ms"
     negatives = jnp.einsum(formula, hidden, table[negative_ids], preferred_element_type=jnp.float32)
-    return target, negatives
+    usable = (negative_ids != target_ids[:, None]) & (negative_ids != PADDING_ID)
+    return target, jnp.where(usable, negatives, NEVER)
 
 
 def sampled_softmax_loss(
@@ -118,18 +141,24 @@ def sampled_softmax_loss(
     """Cross-entropy of the target among itself and S sampled items.
 
     Args:
-      negative_ids: [S] shared by all targets, or [M, S]. A negative equal to the target is
-        dropped.
-      log_q: log of the expected number of times that each item is drawn (up to a constant);
-        subtracted from every score, so that the expected gradient approaches the full softmax'.
-        None stands for uniform draws.
+      negative_ids: [S] shared by all targets, or [M, S], drawn with replacement. Negatives equal
+        to the target, and padding, are dropped.
+      log_q: log of the probability that one draw gives each item (as the samplers of
+        `jaxrec.data` state it; finite, also for padding). A negative's score is then lowered by
+        log(S·q), the log of how often it is expected among the S draws, so that the loss and its
+        gradient approach the full softmax' as S grows. The target is there exactly once, so its
+        score stays. None leaves all scores as they are: a softmax among the target and the draws.
 
-    Cost: 2·M·S·D FLOPs forward. Source: Bengio & Senécal 2008; Yi et al. 2019 (log-q).
+    Raises:
+      ValueError: negative_ids is neither [S] nor [M, S].
+
+    Cost: 2·M·S·D FLOPs forward, three times that with gradients; memory M·S logits, and M·S·D
+    for the rows of [M, S] negatives. Source: Bengio & Senécal 2008 (importance sampling).
     """
+    _check_negatives(negative_ids, target_ids)
     target, negatives = _score_candidates(hidden, table, target_ids, negative_ids)
     if log_q is not None:
-        target, negatives = target - log_q[target_ids], negatives - log_q[negative_ids]
-    negatives = jnp.where(negative_ids == target_ids[:, None], NEVER, negatives)
+        negatives -= log_q[negative_ids] + math.log(max(1, negative_ids.shape[-1]))
     logits = jnp.concatenate([target[:, None], negatives], axis=1)
     loss = jax.nn.logsumexp(logits, axis=1) - target
     return _mean_over_targets(loss, target_ids)
@@ -148,16 +177,27 @@ def gbce_loss(
         loss[m] = -β·log σ(s⁺) - Σ_s log(1 - σ(s⁻)),  β = α·(t·(1 - 1/α) + 1/α),  α = S/(V - 2)
 
     Args:
+      negative_ids: [S] shared by all targets, or [M, S], drawn uniformly. Negatives equal to the
+        target, and padding, are dropped.
       calibration: t between 0 (plain BCE) and 1 (probabilities as if all negatives were seen).
 
+    Raises:
+      ValueError: negative_ids is neither [S] nor [M, S] or has no draws; calibration outside
+        0 … 1; a table of fewer than two items.
+
+    Cost: as `sampled_softmax_loss`.
     Source: Petrov & Macdonald, gSASRec (RecSys 2023).
     """
     if not 0 <= calibration <= 1:
         raise ValueError(f"calibration must lie between 0 and 1, got {calibration}")
+    _check_negatives(negative_ids, target_ids)
+    if table.shape[0] < 3 or negative_ids.shape[-1] == 0:
+        raise ValueError(
+            f"gbce_loss needs two items and one negative at least, got a table of "
+            f"{table.shape[0]} rows (row 0 is padding) and negatives {negative_ids.shape}"
+        )
     rate = negative_ids.shape[-1] / (table.shape[0] - 2)
     beta = rate * (calibration * (1 - 1 / rate) + 1 / rate)
     target, negatives = _score_candidates(hidden, table, target_ids, negative_ids)
-    hit = negative_ids == target_ids[:, None]
-    loss = beta * jax.nn.softplus(-target)
-    loss += jnp.where(hit, 0, jax.nn.softplus(negatives)).sum(axis=1)
+    loss = beta * jax.nn.softplus(-target) + jax.nn.softplus(negatives).sum(axis=1)
     return _mean_over_targets(loss, target_ids)

@@ -1,1 +1,28 @@
 """Retrieval as one model: filters, indexes, retriever, publishing."""
+
+from jaxrec.retrieval.bloom_index import BloomIndex
+from jaxrec.retrieval.filters import F, Filter, FilterError, parse_filter
+from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
+from jaxrec.retrieval.masks import unpack_mask
+from jaxrec.retrieval.plan import FilterPlan
+from jaxrec.retrieval.publish import PublishError, load_retriever, publish, save_retriever
+from jaxrec.retrieval.retriever import IndexState, Retriever
+
+__all__ = [
+    "BloomIndex",
+    "F",
+    "Filter",
+    "FilterError",
+    "FilterPlan",
+    "IVFIndex",
+    "IndexState",
+    "PublishError",
+    "Retriever",
+    "SearchResult",
+    "load_retriever",
+    "parse_filter",
+    "publish",
+    "save_retriever",
+    "tune_nprobe",
+    "unpack_mask",
+]

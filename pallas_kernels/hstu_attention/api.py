@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from pallas_kernels._backend import Backend, resolve
 from pallas_kernels.hstu_attention.ref import Masking, hstu_attention_ref
 
 
@@ -15,7 +16,7 @@ def hstu_attention(
     *,
     max_len: int,
     alpha: float | None = None,
-    attn_scale: float | Float[jax.Array, "T"] | None = None,
+    attn_scale: float | Float[jax.Array, "T"] | Float[jax.Array, ""] | None = None,
     num_targets: Int[jax.Array, "B1-1"] | None = None,
     max_attn_len: int = 0,
     contextual_len: int = 0,
@@ -23,12 +24,18 @@ def hstu_attention(
     position_bias: Float[jax.Array, "H {max_len}"] | None = None,
     timestamps: Int[jax.Array, "T"] | None = None,
     time_bias: Float[jax.Array, "H buckets"] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     config: None = None,
 ) -> Float[jax.Array, "T H Dv"]:
     """Each token sums the earlier tokens of its own sequence, weighted without a softmax.
 
         out[t] = attn_scale · Σ_s silu(alpha · q[t]·k[s] + bias[t, s]) v[s]
+
+    A sequence is contextual tokens, then history, then targets. A token attends to itself and
+
+      history    to contextual tokens and earlier history;
+      target     to contextual tokens and history, not to other targets;
+      contextual to contextual tokens and history.
 
     Args:
       q, k, v: packed tokens; bf16 or f32; scores and sums are f32.
@@ -36,26 +43,45 @@ def hstu_attention(
       max_len: upper bound on the sequence lengths (static). Longer sequences are undefined.
       alpha: factor on q·k; None means 1.
       attn_scale: factor on the sum, one for all or one a token; None means 1 / max_len.
-      num_targets: the last tokens of each sequence that attend to the history and to themselves,
-        but not to each other.
-      max_attn_len: 0, or how far back a token sees.
-      contextual_len: this many first tokens of each sequence see the whole sequence.
-      min_full_attn_len: with `max_attn_len`: the last tokens that see everything all the same.
-      position_bias: added to the scores by distance t - s.
-      timestamps, time_bias: added by bucket floor(2·log2(1 + |seconds between|)).
-      backend: "xla", or None for the best supported.
+      num_targets: how many of each sequence's last tokens are targets; at most its length without
+        the contextual tokens.
+      max_attn_len: 0, or how far back history and targets see: s is seen up to the distance
+        max_attn_len. For distances, all contextual tokens stand in one place just before the
+        history, and all targets in one place just behind it.
+      contextual_len: how many of each sequence's first tokens are contextual. A sequence with
+        fewer tokens is undefined.
+      min_full_attn_len: with `max_attn_len`, targets and this many last tokens of the history see
+        everything all the same.
+      position_bias: added to the scores by distance t - s in slots; position_bias[:, 0] where a
+        contextual token looks ahead.
+      timestamps, time_bias: added by bucket floor(2·log2(1 + |seconds between|)), the last one for
+        all that lie beyond.
+      backend: "xla", or None for the best supported; a name never falls back.
+      config: tiles of a kernel; the XLA backend has none.
 
-    Cost: about 2·T·(max_len + block)·H·(Dqk + Dv) FLOPs; memory linear in T, never L × L.
+    Raises:
+      ValueError: max_len < 1, a negative length, one of timestamps and time_bias without the other,
+        a config for XLA; `BackendError` for any other named backend.
+
+    Cost: about 2·T·(max_len + 1.5·block)·H·(Dqk + Dv) FLOPs, twice that with contextual tokens,
+    block = 16 … 128 near max_len / 2. Memory: 4·T·block·H bytes a matrix of scores, never L × L;
+    the gradient keeps up to four of them (`UNROLL_LIMIT`) and recomputes longer bands.
     Source: HSTU (arXiv 2402.17152); the masks are those of generative-recommenders' operator.
     """
     if max_len < 1:
-        raise ValueError(f"max_len must be at least 1, got {max_len}")
+        raise ValueError(f"hstu_attention: max_len is {max_len}; expected at least 1")
+    for name, value in (
+        ("max_attn_len", max_attn_len),
+        ("contextual_len", contextual_len),
+        ("min_full_attn_len", min_full_attn_len),
+    ):
+        if value < 0:
+            raise ValueError(f"hstu_attention: {name} is {value}; expected 0 (off) or more")
     if (time_bias is None) != (timestamps is None):
-        raise ValueError("timestamps and time_bias go together: give both or neither")
-    if backend not in (None, "xla"):
-        raise ValueError(f"hstu_attention has the backend 'xla', not {backend!r}")
+        raise ValueError("hstu_attention: give both timestamps and time_bias, or neither")
     if config is not None:
-        raise ValueError("the xla backend of hstu_attention takes no config")
+        raise ValueError("hstu_attention: the xla backend takes no config; leave it None")
+    resolve("hstu_attention", backend, lambda: "hstu_attention has no GPU kernel")
     scale = jnp.asarray(1 / max_len if attn_scale is None else attn_scale, jnp.float32)
     return hstu_attention_ref(
         q,

@@ -4,8 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-from pallas_kernels._banded import Band, make_band, token_coordinates
+from pallas_kernels._banded import from_blocks, make_band, to_blocks, token_coordinates
+
+_SQRT2 = np.uint32(0xB504F334)  # √2·2^31, rounded up
 
 
 class Masking(NamedTuple):
@@ -59,14 +63,16 @@ def attends(
 
 
 def time_bucket(seconds: jax.Array, num_buckets: int) -> jax.Array:
-    """Two buckets an octave of elapsed time: floor(2·log2(1 + |seconds|)), clipped."""
-    bucket = jnp.floor(2 * jnp.log2(1 + jnp.abs(seconds).astype(jnp.float32)))
-    return jnp.clip(bucket, 0, num_buckets - 1).astype(jnp.int32)
+    """Two buckets an octave of elapsed time: floor(2·log2(1 + |seconds|)), clipped.
 
-
-def _blocks(band: Band, x: Coordinates, *, keys: bool) -> Coordinates:
-    split = band.keys if keys else lambda array, fill: band.split(array)
-    return Coordinates(split(x.segment, -1), split(x.mask_id, 0), split(x.last_id, 0))
+    In integers, since log2 in f32 misses many of the octaves' edges. n = 1 + |seconds| with its
+    leading bit at 2^e is in bucket 2e, or 2e + 1 from 2^e·√2 on.
+    """
+    n = 1 + jnp.abs(seconds).astype(jnp.uint32)
+    leading_zeros = lax.clz(n)
+    upper_half = (n << leading_zeros) >= _SQRT2
+    bucket = 2 * (31 - leading_zeros.astype(jnp.int32)) + upper_half
+    return jnp.minimum(bucket, num_buckets - 1)
 
 
 def hstu_attention_ref(
@@ -84,20 +90,21 @@ def hstu_attention_ref(
     time_bias: jax.Array | None,
 ) -> jax.Array:
     """The definition of correct; arguments as in `api.hstu_attention`."""
-    num_tokens, num_heads, _ = q.shape
+    num_tokens = q.shape[0]
     band = make_band(num_tokens, max_len, look_ahead=masking.contextual_len > 0)
     coordinates = mask_coordinates(seq_offsets, num_tokens, masking)
     num_sequences = seq_offsets.shape[0] - 1
-    query = _blocks(band, coordinates, keys=False)
-    key = _blocks(band, coordinates, keys=True)
-    q_blocks, k_blocks, v_blocks = band.split(q * alpha), band.keys(k), band.keys(v)
-    if time_bias is not None:
-        q_time, k_time = band.split(timestamps), band.keys(timestamps)
+    query = Coordinates(*(band.split(x, fill=-1) for x in coordinates))
+    key = Coordinates(*(band.surround(x, fill=-1) for x in query))
+    q_blocks = to_blocks(band, q * alpha)
+    k_blocks, v_blocks = (band.surround(to_blocks(band, x)) for x in (k, v))
+    q_time = None if timestamps is None else band.split(timestamps)
+    k_time = None if q_time is None else band.surround(q_time)
     slot = jnp.arange(band.block)
 
     def step(acc, offset):
         scores = jnp.einsum(
-            "nqhd,nkhd->nhqk",
+            "nhqd,nhkd->nhqk",
             q_blocks,
             band.at_offset(k_blocks, offset),
             preferred_element_type=jnp.float32,
@@ -105,7 +112,7 @@ def hstu_attention_ref(
         distance = slot[:, None] - slot[None, :] + offset * band.block
         if position_bias is not None:
             scores += position_bias[:, jnp.clip(distance, 0, max_len - 1)]
-        if time_bias is not None:
+        if time_bias is not None and q_time is not None and k_time is not None:
             elapsed = q_time[:, :, None] - band.at_offset(k_time, offset)[:, None, :]
             bucket = time_bucket(elapsed, time_bias.shape[1])
             scores += jnp.moveaxis(time_bias[:, bucket], 0, 1)
@@ -114,12 +121,12 @@ def hstu_attention_ref(
         valid &= (query.segment < num_sequences)[:, :, None]
         weights = jnp.where(valid[:, None], jax.nn.silu(scores), 0)
         return acc + jnp.einsum(
-            "nhqk,nkhd->nqhd",
+            "nhqk,nhkd->nhqd",
             weights.astype(v.dtype),
             band.at_offset(v_blocks, offset),
             preferred_element_type=jnp.float32,
         )
 
-    init = jnp.zeros((band.num_blocks, band.block, num_heads, v.shape[-1]), jnp.float32)
-    out = band.accumulate(step, init).reshape(-1, num_heads, v.shape[-1])[:num_tokens]
+    init = jnp.zeros((*q_blocks.shape[:3], v.shape[-1]), jnp.float32)
+    out = from_blocks(band.accumulate(step, init), num_tokens)
     return (out * attn_scale).astype(v.dtype)

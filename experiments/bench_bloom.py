@@ -1,0 +1,130 @@
+"""Times Bloom searches: every backend of this device, beside a copy of the bytes they must move.
+
+    python -m experiments.bench_bloom                       # an H200: about two minutes
+    python -m experiments.bench_bloom --workloads tiny 1m_q64 --scratch
+
+Masks of all backends are compared first; a difference ends the run. One JSON file goes to
+experiments/results/bench_bloom/.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import record
+from pallas_kernels import BackendError
+from pallas_kernels._timing import Timing, time_interleaved
+from pallas_kernels.bloom.workloads import WORKLOADS, BloomWorkload
+
+SEED = 0
+BACKENDS = ("mosaic_gpu", "xla")
+COPY = "copy"
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    options = _options()
+    measurements: list[dict[str, Any]] = []
+    floors, differing = {}, 0
+    print(
+        f"{'workload':10} {'variant':11} {'p50 us':>10} {'GB/s':>8} {'floor MB':>9} {'x copy':>7}"
+    )
+    for name in options.workloads:
+        workload = WORKLOADS[name]
+        arrays = [jax.device_put(array) for array in workload.arrays(SEED)]
+        variants = _variants(workload, arrays)
+        differing += _differing_words(variants)
+        if differing:
+            raise SystemExit(f"{name}: backends differ in {differing} words; nothing is recorded")
+        floors[name] = workload.floor_bytes()
+        variants[COPY] = _copy(floors[name])
+        timings = time_interleaved(variants, repeats=options.repeats)
+        for variant, timing in timings.items():
+            _print_row(name, variant, timing, floors[name], timings[COPY])
+            measurements.append(_measurement(name, variant, timing))
+    path = record.write(
+        "bench_bloom",
+        config={"workloads": list(options.workloads), "floor_bytes": floors},
+        measurements=measurements,
+        checks={"differing_words": differing},
+        seeds=[SEED],
+        scratch=options.scratch,
+    )
+    print(f"wrote {path}")
+
+
+def _options() -> argparse.Namespace:
+    on_gpu = jax.default_backend() == "gpu"
+    parser = argparse.ArgumentParser(description="Times Bloom searches.")
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        choices=list(WORKLOADS),
+        default=list(WORKLOADS) if on_gpu else ["tiny", "1m_q1", "1m_q64"],
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="samples of each variant")
+    parser.add_argument("--scratch", action="store_true", help="the result is not for keeping")
+    return parser.parse_args()
+
+
+def _variants(workload: BloomWorkload, arrays: list[jax.Array]) -> dict[str, Callable[[], Any]]:
+    """One compiled call for each backend that this device supports."""
+    variants: dict[str, Callable[[], Any]] = {}
+    for backend in BACKENDS:
+        run = jax.jit(functools.partial(workload.run, backend=backend))
+        try:
+            compiled = run.lower(*arrays).compile()
+        except BackendError as error:
+            print(f"skipped {backend}: {error}")
+            continue
+        if backend == "mosaic_gpu" and "bloom_search_mosaic_gpu" not in (compiled.as_text() or ""):
+            raise SystemExit("the compiled program does not hold the kernel")
+        variants[backend] = functools.partial(compiled, *arrays)
+    return variants
+
+
+def _differing_words(variants: dict[str, Callable[[], Any]]) -> int:
+    """Words in which any backend's masks differ from the reference's."""
+    wanted = variants["xla"]()
+    return sum(
+        int(np.sum(np.asarray(mask) != np.asarray(want)))
+        for call in variants.values()
+        for mask, want in zip(call(), wanted, strict=True)
+    )
+
+
+def _copy(num_bytes: int) -> Callable[[], jax.Array]:
+    """Reads half of `num_bytes` and writes the other half: what the memory can do."""
+    source = jnp.zeros(num_bytes // 8, jnp.uint32)
+    return functools.partial(jax.jit(lambda x: x + 1), source)
+
+
+def _print_row(workload: str, variant: str, timing: Timing, floor_bytes: int, copy: Timing) -> None:
+    gbps = floor_bytes / max(timing.p50_us, 1e-9) / 1e3
+    ratio = timing.p50_us / max(copy.p50_us, 1e-9)
+    print(
+        f"{workload:10} {variant:11} {timing.p50_us:10.1f} {gbps:8.1f} "
+        f"{floor_bytes / 1e6:9.2f} {ratio:7.2f}"
+    )
+
+
+def _measurement(workload: str, variant: str, timing: Timing) -> dict[str, Any]:
+    return {
+        "metric": "time",
+        "unit": "us",
+        "workload": workload,
+        "backend": variant,
+        "samples": list(timing.samples_us),
+        "p20": timing.p20_us,
+        "p50": timing.p50_us,
+        "p80": timing.p80_us,
+    }
+
+
+if __name__ == "__main__":
+    main()

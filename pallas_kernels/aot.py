@@ -1,0 +1,325 @@
+"""Compiling for an H200 on a machine without a GPU, and reading what the compiler made.
+
+Needs the CUDA plugin of JAX and NVIDIA's compiler tools, which the `aot` dependency group installs;
+no driver and no GPU. The default backend stays what it is, usually the CPU. On the command line
+
+    python -m pallas_kernels.aot
+
+compiles every kernel for each of its workloads and prints one row for each.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# What the compiler wants to know of one H200 SXM; numbers from NVIDIA's published specification.
+_H200_CHIP = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "threads_per_core_limit": 2048,
+    "shared_memory_per_block": 48 * 1024,
+    "shared_memory_per_core": 228 * 1024,
+    "shared_memory_per_block_optin": 227 * 1024,
+    "core_count": 132,
+    "fpus_per_core": 128,
+    "clock_rate_ghz": 1.98,
+    "block_dim_limit_x": 2**31 - 1,
+    "block_dim_limit_y": 2**16 - 1,
+    "block_dim_limit_z": 2**16 - 1,
+    "thread_dim_limit_x": 1024,
+    "thread_dim_limit_y": 1024,
+    "thread_dim_limit_z": 64,
+    "memory_bandwidth": 4_800_000_000_000,
+    "l2_cache_size": 50 * 2**20,
+    "device_memory_size": 141 * 10**9,
+    "registers_per_core_limit": 65536,
+    "registers_per_block_limit": 65536,
+}
+_H200 = """
+gpu_device_info {{
+  {chip}
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  runtime_version: "13.0.0"
+  driver_version: "13.0.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "NVIDIA H200"
+""".format(chip="\n  ".join(f"{name}: {value}" for name, value in _H200_CHIP.items()))
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel of a compiled program.
+
+    Attributes:
+      name: entry function.
+      registers: for each thread.
+      spill_store_bytes, spill_load_bytes, stack_bytes: local memory for each thread.
+      smem_bytes: shared memory for each block.
+      instructions: machine instructions by their full name, such as LDG.E.128.
+    """
+
+    name: str
+    registers: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    stack_bytes: int
+    smem_bytes: int
+    instructions: Counter[str]
+
+    def count(self, opcode: str) -> int:
+        """Instructions named `opcode`, with or without further modifiers."""
+        names = (name for name in self.instructions if f"{name}.".startswith(f"{opcode}."))
+        return sum(self.instructions[name] for name in names)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A program compiled for H200.
+
+    Attributes:
+      compiled: JAX's compiled object; it cannot be called here.
+      kernels: every kernel, the hand-written and XLA's own.
+      temp_bytes: scratch device memory of the whole program, on each device.
+      hlo_text: the scheduled HLO.
+    """
+
+    compiled: Any
+    kernels: list[KernelReport]
+    temp_bytes: int
+    hlo_text: str
+
+    def kernel(self, name: str) -> KernelReport:
+        """The one kernel whose entry name contains `name`."""
+        found = [kernel for kernel in self.kernels if name in kernel.name]
+        if len(found) != 1:
+            names = ", ".join(kernel.name for kernel in self.kernels)
+            raise ValueError(f"expected one kernel with {name!r} in its name; there are: {names}")
+        return found[0]
+
+
+@functools.cache
+def aot_available() -> str | None:
+    """None where `compile_for_h200` works, else what is missing."""
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        return "JAX's CUDA plugin is not installed; run: uv sync --group aot"
+    if missing := [tool for tool in ("ptxas", "cuobjdump") if _tool(tool) is None]:
+        return f"no {' or '.join(missing)} found; run: uv sync --group aot"
+    try:
+        _topology(1)
+    except Exception as error:  # the plugin raises several types
+        return f"the CUDA plugin did not start ({error}); set JAX_PLATFORMS=cpu and retry"
+    return None
+
+
+def h200_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
+    """A mesh of H200 GPUs that exist for the compiler only; without `axes`, of one."""
+    axes = dict(axes or {"device": 1})
+    sizes = tuple(axes.values())
+    devices = np.array(_topology(int(np.prod(sizes))).devices).reshape(sizes)
+    return Mesh(devices, tuple(axes))
+
+
+def compile_for_h200(
+    fn: Callable[..., Any],
+    *args: Any,
+    num_devices: int = 1,
+    mesh: Mesh | None = None,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Report:
+    """Compiles `fn` for H200s, with `backend=None` meaning what it would there.
+
+    Args:
+      fn: a function of arrays; jitted here.
+      args: `jax.ShapeDtypeStruct`s or arrays, of which only shape and dtype count.
+      num_devices: size of the mesh with one axis, "device", if `mesh` is not given.
+      mesh: from `h200_mesh`, for programs with named axes.
+      in_shardings, out_shardings: as `jax.jit` takes them; partition specs are placed on the mesh.
+        None replicates.
+      compiler_options: further XLA options, such as {"xla_gpu_...": True}.
+
+    Raises:
+      RuntimeError: the tools are missing (`aot_available` says which).
+      Exception: whatever the compiler says to a program that it rejects.
+
+    Cost: one to six seconds a kernel.
+    """
+    if reason := aot_available():
+        raise RuntimeError(f"cannot compile for H200 here: {reason}")
+    mesh = h200_mesh({"device": num_devices}) if mesh is None else mesh
+    place = functools.partial(_on_mesh, mesh)
+    # A new function each time: a trace of `fn` made for another device must not be reused.
+    jitted = jax.jit(
+        lambda *args: fn(*args),
+        in_shardings=place(in_shardings),
+        out_shardings=place(out_shardings),
+    )
+    with tempfile.TemporaryDirectory(prefix="h200_") as folder, _mosaic_dump(Path(folder)):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = jitted.lower(*args)
+        # Passed to this compile alone: dump flags in XLA_FLAGS abort concurrent CPU compiles.
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*", **(compiler_options or {})}
+        compiled = lowered.compile(compiler_options=options)
+        kernels = [kernel for ptx in sorted(Path(folder).rglob("*.ptx")) for kernel in _read(ptx)]
+    memory, hlo_text = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or hlo_text is None:
+        raise RuntimeError(
+            "the CUDA plugin gave no memory analysis or no HLO; is it of JAX's version?"
+        )
+    return Report(compiled, kernels, memory.temp_size_in_bytes, hlo_text)
+
+
+def _on_mesh(mesh: Mesh, shardings: Any) -> Any:
+    if shardings is None:
+        return NamedSharding(mesh, PartitionSpec())
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: NamedSharding(mesh, leaf) if is_spec(leaf) else leaf,
+        shardings,
+        is_leaf=is_spec,
+    )
+
+
+@functools.cache
+def _topology(num_devices: int) -> Any:
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", topology=f"1x1x{num_devices}", target_config=_H200
+    )
+
+
+@contextlib.contextmanager
+def _mosaic_dump(folder: Path) -> Iterator[None]:
+    """Mosaic GPU writes its PTX to `folder` meanwhile; it takes the wish from the environment."""
+    importlib.import_module("jax.experimental.mosaic.gpu")  # sets the CUDA root when imported
+    wish = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTX": "1"}
+    if disassembler := _tool("nvdisasm"):  # a dump disassembles too, and complains without one
+        wish["MOSAIC_GPU_CUDA_ROOT"] = str(Path(disassembler).parents[1])
+    before = {name: os.environ.get(name) for name in wish}
+    os.environ.update(wish)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@functools.cache
+def _tool(name: str) -> str | None:
+    """A compiler tool: from the wheels that carry it, from PATH, or from the usual place."""
+    wheels = ("nvidia/cu13/bin", "triton/backends/nvidia/bin")
+    folders = [Path(entry) / wheel for entry in sys.path for wheel in wheels]
+    candidates = [folder / name for folder in folders]
+    candidates += [Path(shutil.which(name) or ""), Path("/usr/local/cuda/bin") / name]
+    return next((str(path) for path in candidates if path.is_file()), None)
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()}")
+    return done.stdout + done.stderr
+
+
+def _read(ptx: Path) -> list[KernelReport]:
+    """Assembles one PTX file and reports on its kernels."""
+    target = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
+    cubin = ptx.with_suffix(".cubin")
+    arch = target[1] if target else "sm_90a"
+    log = _run(_tool("ptxas") or "", "-v", f"-arch={arch}", "-o", cubin, ptx)
+    sass = _parse_sass(_run(_tool("cuobjdump") or "", "-sass", cubin))
+    launch_smem = _launch_smem(ptx)
+    return [
+        KernelReport(
+            name=name,
+            registers=_number(r"Used (\d+) registers", text),
+            spill_store_bytes=_number(r"(\d+) bytes spill stores", text),
+            spill_load_bytes=_number(r"(\d+) bytes spill loads", text),
+            stack_bytes=_number(r"(\d+) bytes stack", text),
+            smem_bytes=launch_smem or _number(r"(\d+) bytes smem", text),
+            instructions=sass[name],
+        )
+        for name, text in re.findall(
+            r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL
+        )
+    ]
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
+
+
+def _parse_sass(listing: str) -> dict[str, Counter[str]]:
+    """Instruction counts of each function of a disassembly."""
+    counts: dict[str, Counter[str]] = {}
+    for function in re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]:
+        opcodes = re.findall(
+            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", function, re.MULTILINE
+        )
+        counts[function.split(maxsplit=1)[0]] = Counter(opcodes)
+    return counts
+
+
+def _launch_smem(ptx: Path) -> int:
+    """Shared memory that a Mosaic kernel asks for at launch; its PTX alone does not tell."""
+    for text in ptx.parent.glob(f"{ptx.stem}.*.txt"):
+        if size := _number(r"dynamic_shared_memory_size %c(\d+)_i32", text.read_text()):
+            return size
+    return 0
+
+
+def _workloads() -> Iterator[tuple[str, str, Any]]:
+    """(op, workload name, workload) of every op folder."""
+    package = importlib.import_module("pallas_kernels")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.ispkg:
+            workloads = importlib.import_module(f"pallas_kernels.{module.name}.workloads")
+            for name, workload in workloads.WORKLOADS.items():
+                yield module.name, name, workload
+
+
+def main() -> None:
+    """Prints registers, spills, shared memory and instructions of every kernel and workload."""
+    jax.config.update("jax_platforms", "cpu")  # before the plugin looks for a driver
+    if reason := aot_available():
+        sys.exit(f"cannot compile for H200 here: {reason}")
+    print("| op | workload | kernel | registers | spilled B | shared B | instructions | temp B |")
+    print("|---|---|---|---|---|---|---|---|")
+    for op, name, workload in _workloads():
+        run = functools.partial(workload.run, backend="mosaic_gpu")
+        report = compile_for_h200(run, *workload.shapes())
+        for kernel in report.kernels:
+            spilled = kernel.spill_store_bytes + kernel.spill_load_bytes
+            print(
+                f"| {op} | {name} | `{kernel.name}` | {kernel.registers} | {spilled} "
+                f"| {kernel.smem_bytes} | {kernel.instructions.total()} | {report.temp_bytes} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Top-k inner products over the probed lists of an inverted file.
+
+Letters: Q queries, D width, C lists, R rows (a multiple of 64), K results a query.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Float32, Int32, Shaped, UInt32
+
+from pallas_kernels._backend import Backend, resolve
+from pallas_kernels.ivf import ref
+from pallas_kernels.ivf.config import MAX_K, TILE_ROWS, IvfConfig
+
+type _Array = jax.Array | np.ndarray
+
+
+class IvfTopK(NamedTuple):
+    """The best rows of each query, best first.
+
+    Attributes:
+      scores: inner products; -inf where fewer than K rows were eligible; f32[Q, K].
+      rows: row numbers; -1 there; i32[Q, K].
+    """
+
+    scores: Float32[jax.Array, "Q K"]
+    rows: Int32[jax.Array, "Q K"]
+
+
+def ivf_search(
+    queries: Float[jax.Array | np.ndarray, "Q D"],
+    centroids: Float[jax.Array | np.ndarray, "C D"],
+    codes: Shaped[jax.Array | np.ndarray, "R D"],
+    scales: Float32[jax.Array | np.ndarray, "R"],
+    tile_offsets: Int32[jax.Array | np.ndarray, "C1"],
+    live: UInt32[jax.Array | np.ndarray, "words"],
+    mask: UInt32[jax.Array | np.ndarray, "Q words"] | None = None,
+    *,
+    k: int,
+    nprobe: int,
+    max_tiles: int,
+    backend: Backend | None = None,
+    config: IvfConfig | None = None,
+) -> IvfTopK:
+    """The k best live rows of the `nprobe` lists whose centroids score highest.
+
+    List c owns the tiles tile_offsets[c] up to tile_offsets[c+1], of 64 rows each. A query q is
+    quantised to q̂ = round(q / s_q), s_q = max|q| / 127, and row r scores
+
+        s_q · scales[r] · Σ_d q̂[d] · codes[r, d]        the sum in int32, so without rounding
+
+    Float codes (f32, bf16) are scored as q · codes[r] · scales[r] in f32 instead.
+
+    Args:
+      queries: one a row; scored in f32.
+      centroids: one a list. Probing all C lists skips their scoring and reads rows in order.
+      codes: rows in list order, int8 or float; padding rows may hold anything finite.
+      scales: the row's factor.
+      tile_offsets: non-decreasing from 0 to R / 64.
+      live: bit r % 32 of word r // 32 is set for the rows that exist (no padding, not deleted).
+      mask: the same bits for each query, of the rows that it may return; None allows all.
+      k: results wanted, 1 to 16,384.
+      nprobe: lists scanned, 1 to C.
+      max_tiles: static bound on the tiles of any `nprobe` lists; see `probed_tiles_bound`. A lower
+        value would drop rows.
+      backend: None picks the best supported; a name never falls back. Only "xla" exists so far.
+      config: block sizes; None takes the heuristic.
+
+    Ties are won by the row met first: lists by centroid score, then rows in order.
+
+    Raises:
+      ValueError: k, nprobe, shapes or dtypes out of range.
+
+    Cost: per query 2·64·max_tiles·D operations and as many bytes of codes as rows scanned times D.
+    Scores exist for a block at a time (about 32 MiB with the heuristic). No gradient.
+    """
+    _check(queries, centroids, codes, tile_offsets, live, mask, k, nprobe)
+    resolve("ivf_search", backend, lambda: "ivf_search has no such kernel")
+    full = nprobe == centroids.shape[0]
+    num_rows = codes.shape[0] if full else max_tiles * TILE_ROWS
+    row_bytes = 4 if full else 4 + codes.shape[1] * codes.dtype.itemsize
+    tiles = config or IvfConfig.heuristic(queries.shape[0], num_rows, row_bytes)
+    scores, rows = ref.ivf_search(
+        queries, centroids, codes, scales, tile_offsets, live, mask,
+        k=k, nprobe=nprobe, max_tiles=max_tiles, config=tiles,
+    )  # fmt: skip
+    return IvfTopK(scores, rows)
+
+
+def _check(
+    queries: _Array,
+    centroids: _Array,
+    codes: _Array,
+    tile_offsets: _Array,
+    live: _Array,
+    mask: _Array | None,
+    k: int,
+    nprobe: int,
+) -> None:
+    num_rows, num_lists = codes.shape[0], centroids.shape[0]
+    if not 1 <= k <= MAX_K:
+        raise ValueError(f"ivf_search: k is {k}; expected 1 to {MAX_K}")
+    if not 1 <= nprobe <= num_lists:
+        raise ValueError(f"ivf_search: nprobe is {nprobe}; the index has 1 to {num_lists} lists")
+    if num_rows % TILE_ROWS:
+        raise ValueError(f"ivf_search: {num_rows} rows; expected a multiple of {TILE_ROWS}")
+    if queries.shape[1] != codes.shape[1] or centroids.shape[1] != codes.shape[1]:
+        raise ValueError(
+            f"ivf_search: queries are {queries.shape[1]} wide, centroids {centroids.shape[1]}; "
+            f"expected {codes.shape[1]} like the codes"
+        )
+    if tile_offsets.shape[0] != num_lists + 1:
+        raise ValueError(
+            f"ivf_search: tile_offsets has {tile_offsets.shape[0]} entries; "
+            f"expected {num_lists + 1}, one more than lists"
+        )
+    words = num_rows // 32
+    if live.shape != (words,) or (mask is not None and mask.shape != (len(queries), words)):
+        got = live.shape if mask is None else (live.shape, mask.shape)
+        raise ValueError(
+            f"ivf_search: live and mask have shape {got}; "
+            f"expected {words} words (one bit a row), for the mask {len(queries)} times"
+        )
