@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ class CheckpointStore:
             self._let_go()
             raise
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:

@@ -31,7 +31,7 @@ def fingerprints(tree: PyTree) -> dict[str, list[Any]]:
 
 @jax.jit
 def checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
-    """Sum of the words, each times an odd number made of its place, modulo 2³²."""
+    """Sum of the words, each scrambled with its place, modulo 2³²."""
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize])
@@ -40,8 +40,8 @@ def checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
         stride = math.prod(words.shape[axis + 1 :]) % 2**32
         coordinate = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         place += coordinate * jnp.uint32(stride) if size > 1 else 0
-    weights = _mixed(place) | 1  # odd numbers are invertible, so no change of one word is lost
-    return (words.astype(jnp.uint32) * weights).sum(dtype=jnp.uint32)
+    # Scrambling is invertible, so no change of one word is lost.
+    return _mixed(words.astype(jnp.uint32) ^ _mixed(place)).sum(dtype=jnp.uint32)
 
 
 def _mixed(x: jax.Array) -> jax.Array:

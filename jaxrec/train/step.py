@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: PyTree
     opt_state: PyTree
-    ema_params: PyTree | None
+    ema_params: PyTree
     key: jax.Array
 
     @property
@@ -164,7 +164,7 @@ def make_step(
         new = jax.tree.map(lambda a, b: jnp.where(nonfinite < 0, a, b), new, state)
         metrics = StepMetrics(
             loss=value,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             num_tokens=batch.seq_offsets[-1],
             num_targets=(batch.target_ids != PADDING_ID).sum(),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
@@ -180,7 +180,7 @@ def _check_decay(decay: float | None) -> None:
         raise ValueError(f"ema_decay is {decay}; expected None or a number from 0, below 1")
 
 
-def _average(state: TrainState, params: PyTree, decay: float | None) -> PyTree | None:
+def _average(state: TrainState, params: PyTree, decay: float | None) -> PyTree:
     if (decay is None) != (state.ema_params is None):
         raise ValueError("init_state and make_step were given different ema_decay; both need one")
     if decay is None:

@@ -17,7 +17,7 @@ def question_set(rows, targets):
 
 def random_questions(num_users, seed=0):
     rng = np.random.default_rng(seed)
-    rows = [list(rng.integers(1, NUM_ITEMS + 1, rng.integers(1, 20))) for _ in range(num_users)]
+    rows = [rng.integers(1, NUM_ITEMS + 1, rng.integers(1, 20)).tolist() for _ in range(num_users)]
     return question_set(rows, rng.integers(1, NUM_ITEMS + 1, num_users))
 
 

@@ -175,7 +175,6 @@ def test_state_of_another_average_is_an_error():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LossConfig("hinge"), "unknown loss 'hinge'"),
         (lambda: LossConfig(temperature=0.0), "temperature is 0"),
         (lambda: LossConfig(num_negatives=0), "num_negatives is 0"),
         (lambda: LossConfig(calibration=1.5), "calibration is 1.5"),
