@@ -18,6 +18,7 @@ from jaxrec.train.signals import StopSignals
 from jaxrec.train.step import StepMetrics, TrainState, TrainStep
 
 type Evaluate = Callable[[TrainState], Mapping[str, float]]
+type Evaluation = dict[str, float | int]
 
 MAY_DIFFER = (
     "loop",
@@ -90,7 +91,7 @@ class LoopResult(NamedTuple):
 
     state: TrainState
     best_state: TrainState
-    history: list[dict[str, float]]
+    history: list[Evaluation]
     best_step: int | None
     stopped_because: str
 
@@ -166,7 +167,7 @@ class _Run:
         self.store, self.config, self.full_config = store, config, full_config
         self.batches, self.param_names = batches, param_names
         self.step, self.saved_step = 0, -1
-        self.history: list[dict[str, float]] = []
+        self.history: list[Evaluation] = []
         # Step metrics on their way from the device, then those waiting for the next log line.
         self.in_flight: list[tuple[int, StepMetrics]] = []
         self.window: list[dict[str, float]] = []
@@ -284,6 +285,7 @@ class _Run:
         monitor = self.config.monitor
         if monitor not in metrics:
             raise ValueError(f"monitor {monitor!r} is not among the metrics {sorted(metrics)}")
+        metrics = {name: float(value) for name, value in metrics.items()}
         if math.isnan(metrics[monitor]):
             raise NonFiniteError(f"step {self.step}: the evaluation's {monitor!r} is NaN")
         self.history.append({"step": self.step, **metrics})
@@ -293,7 +295,7 @@ class _Run:
         self.tokens, self.clock = 0, time.monotonic()
 
     @property
-    def best(self) -> dict[str, float] | None:
+    def best(self) -> Evaluation | None:
         """The evaluation with the largest monitored metric, the first of equals."""
         scored = [entry for entry in self.history if self.config.monitor in entry]
         return max(scored, key=lambda entry: entry[self.config.monitor]) if scored else None

@@ -250,6 +250,7 @@ def test_training_goes_on_over_failed_saves(tmp_path, unbroken, monkeypatch):
     assert (tmp_path / LOG_FILE).read_text() == unbroken[1]
 
 
+@pytest.mark.filterwarnings("ignore:no space left:jaxrec.train.CheckpointWarning")
 def test_lost_best_checkpoint_is_said(tmp_path, unbroken, monkeypatch):
     FailingSaves(monkeypatch, {6, 12, 18})
     scores = iter([0.1, 0.9, 0.2])
@@ -268,6 +269,7 @@ def test_failed_last_save_is_tried_again(tmp_path, monkeypatch):
         assert store.steps == [20]
 
 
+@pytest.mark.filterwarnings("ignore:no space left:jaxrec.train.CheckpointWarning")
 def test_failed_last_save_is_an_error_with_the_result(tmp_path, unbroken, monkeypatch):
     FailingSaves(monkeypatch, {20})
     with pytest.raises(LastSaveError, match=r"after step 20 \(done\), but no space") as caught:

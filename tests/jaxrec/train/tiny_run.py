@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 from dataclasses import dataclass
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -94,23 +95,24 @@ def tiny_batches(split, seed=0, prefetch=0):
     )
 
 
+@cache
+def compiled_parts(config, loss, ema_decay):
+    """What has no state of its own, shared by the tests that ask for the same."""
+    split, model, optimizer = tiny_split(), tiny_model(), make_optimizer(config)
+    schedule = make_schedule(config)
+    step = make_step(model, optimizer, loss=loss, schedule=schedule, ema_decay=ema_decay)
+    return split, model, optimizer, step, validation_metrics(model, split.valid)
+
+
 class Parts:
     """All that `run_loop` needs, made from a seed."""
 
     def __init__(self, seed=0, *, optimizer=None, loss=None, ema_decay=0.9, prefetch=0):
         config = optimizer or OptimizerConfig(learning_rate=0.01, warmup_steps=3)
-        self.split, self.model = tiny_split(), tiny_model(seed)
-        self.optimizer = make_optimizer(config)
+        compiled = compiled_parts(config, loss or LossConfig(), ema_decay)
+        self.split, self.model, self.optimizer, self.step, self.evaluate = compiled
         self.state = init_state(self.model, self.optimizer, seed=seed, ema_decay=ema_decay)
-        self.step = make_step(
-            self.model,
-            self.optimizer,
-            loss=loss or LossConfig(),
-            schedule=make_schedule(config),
-            ema_decay=ema_decay,
-        )
         self.batches = tiny_batches(self.split, seed, prefetch)
-        self.evaluate = validation_metrics(self.model, self.split.valid)
 
     def run(self, folder, config, **options):
         arguments = {
