@@ -1,5 +1,6 @@
 """Training: the step, the loop around it, evaluation and checkpoints."""
 
+from jaxrec.functional import with_params as with_params
 from jaxrec.train.checkpoint import CheckpointError as CheckpointError
 from jaxrec.train.checkpoint import CheckpointStore as CheckpointStore
 from jaxrec.train.checkpoint import CheckpointWarning as CheckpointWarning
@@ -9,6 +10,7 @@ from jaxrec.train.evaluate import evaluate_ranking as evaluate_ranking
 from jaxrec.train.evaluate import make_rank_fn as make_rank_fn
 from jaxrec.train.evaluate import popularity_ranks as popularity_ranks
 from jaxrec.train.evaluate import user_ranks as user_ranks
+from jaxrec.train.loop import LastSaveError as LastSaveError
 from jaxrec.train.loop import LoopConfig as LoopConfig
 from jaxrec.train.loop import LoopResult as LoopResult
 from jaxrec.train.loop import NonFiniteError as NonFiniteError
@@ -16,6 +18,7 @@ from jaxrec.train.loop import run_loop as run_loop
 from jaxrec.train.optim import OptimizerConfig as OptimizerConfig
 from jaxrec.train.optim import make_optimizer as make_optimizer
 from jaxrec.train.optim import make_schedule as make_schedule
+from jaxrec.train.progress import Progress as Progress
 from jaxrec.train.progress import read_log as read_log
 from jaxrec.train.step import LossConfig as LossConfig
 from jaxrec.train.step import StepMetrics as StepMetrics
@@ -25,4 +28,3 @@ from jaxrec.train.step import make_step as make_step
 from jaxrec.train.train import TrainConfig as TrainConfig
 from jaxrec.train.train import run_config as run_config
 from jaxrec.train.train import train as train
-from jaxrec.train.train import with_params as with_params

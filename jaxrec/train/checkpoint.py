@@ -1,32 +1,32 @@
 """Checkpoints of a run: atomic, asynchronous, verified, the newest and the best kept.
 
 Orbax writes them. Added here: checksums, so that a damaged checkpoint is noticed and the one
-before it used; the comparison of configurations; and a lock, so that two runs never share a
-folder.
+before it used; the comparison of configurations; recovery from a failed save; and a lock, so that
+two runs never share a folder.
 """
 
-import fcntl
 import json
-import os
+import math
 import shutil
-import socket
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 
+from jaxrec.functional import leaf_names
 from jaxrec.train.config_diff import check_same_config
+from jaxrec.train.fingerprint import fingerprints
+from jaxrec.train.folder_lock import FolderInUse, lock_folder
+from jaxrec.train.orbax_log import hush_orbax, unhush_orbax
 from jaxrec.typing import PyTree
 
 STEPS_FOLDER = "checkpoints"
-LOCK_FILE = "lock"
+DAMAGED_FOLDER = "damaged"
 
 
 class CheckpointError(RuntimeError):
@@ -34,7 +34,7 @@ class CheckpointError(RuntimeError):
 
 
 class CheckpointWarning(UserWarning):
-    """A damaged checkpoint was passed over, or a save failed and will be tried again."""
+    """A damaged checkpoint was passed over, or a save failed and training went on."""
 
 
 class Restored(NamedTuple):
@@ -53,12 +53,13 @@ class CheckpointStore:
 
     Args:
       folder: of the run; made if absent.
-      keep: newest checkpoints kept.
-      best_metric: the checkpoint with the largest is kept too; None keeps only the newest.
+      keep: newest checkpoints kept, at least 1.
+      best_metric: the checkpoint with the largest is kept too (the earliest of equals); None
+        keeps only the newest.
       read_only: takes no lock and writes nothing.
 
     Raises:
-      CheckpointError: another live process uses the folder.
+      CheckpointError: another live process uses the folder, or (read_only) it does not exist.
     """
 
     def __init__(
@@ -69,42 +70,44 @@ class CheckpointStore:
         best_metric: str | None = None,
         read_only: bool = False,
     ):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; expected at least 1 checkpoint")
         self.folder = Path(folder).absolute()
         self.best_metric = best_metric
-        self._lock = None if read_only else _lock(self.folder)
-        policies: list[Any] = [preserve.LatestN(max(keep, 1))]
-        if best_metric is not None:
-            best = preserve.BestN(
-                get_metric_fn=lambda m: m.get(best_metric, -np.inf),
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-            policies.append(best)
-        options = ocp.CheckpointManagerOptions(
-            create=not read_only,
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
-            preservation_policy=None if read_only else preserve.AnyPreservationPolicy(policies),
-        )
-        self._manager = ocp.CheckpointManager(
-            self.folder / STEPS_FOLDER,
-            options=options,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-        )
+        self._keep, self._read_only = keep, read_only
+        self._scores: dict[int, float] = {}
+        self._lock = self._take_lock()
+        self._hush = hush_orbax()
+        try:
+            self._manager = self._open_manager()
+            self._scores = self._read_scores()
+        except BaseException:
+            self._let_go()
+            raise
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "CheckpointStore":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if error_type is None:
+                raise
+            warnings.warn(str(error), CheckpointWarning, stacklevel=2)  # the first error matters
 
     @property
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first."""
+        """Steps with a checkpoint, one being written included, oldest first."""
         return sorted(self._manager.all_steps())
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the largest `best_metric`, the earliest of equals; None without any."""
+        if self.best_metric is None:
+            raise CheckpointError("the store was opened without best_metric, so no step is best")
+        scored = [(score, -step) for step, score in self._scores.items() if step in self.steps]
+        return -max(scored)[1] if scored else None
 
     def save(
         self,
@@ -121,48 +124,37 @@ class CheckpointStore:
         A failure while writing shows in `wait` or `close`, or as a warning in the next `save`.
 
         Raises:
-          CheckpointError: it could not be written (disk full, no permission). Complete
-            checkpoints are untouched.
+          CheckpointError: it could not be written (disk full, no permission), or the step has a
+            checkpoint already. Complete checkpoints are untouched.
         """
         try:
             self.wait()
         except CheckpointError as error:
             warnings.warn(f"the save before this one failed: {error}", CheckpointWarning, 2)
+        if step in self.steps:
+            raise CheckpointError(f"{self.folder} already holds a checkpoint of step {step}")
+        meta = _sealed(
+            iterator=iterator_state,
+            config=config,
+            metrics=metrics or {},
+            progress=progress or {},
+            arrays=fingerprints(state),
+        )
         if jax.default_backend() == "cpu":  # there a "host copy" would be the donated buffer
             state = jax.tree.map(jnp.copy, state)
-        meta = {
-            "iterator": dict(iterator_state),
-            "config": dict(config),
-            "metrics": dict(metrics or {}),
-            "progress": dict(progress or {}),
-            "checksums": _checksums(state),
-        }
+        self._note_score(step, meta["metrics"])
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-                ),
-                metrics=dict(metrics) if metrics else None,
-                force=True,
-            )
+            self._manager.save(step, args=args, force=True)
         except Exception as error:
-            raise self._save_error(error) from error
+            raise self._recover(error) from error
 
     def wait(self) -> None:
         """Blocks until the save under way is complete; raises `CheckpointError` if it failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._save_error(error) from error
-
-    def _save_error(self, error: Exception) -> CheckpointError:
-        free = shutil.disk_usage(self.folder).free
-        return CheckpointError(
-            f"a checkpoint could not be written to {self.folder}: {error}. Complete checkpoints "
-            f"are untouched (steps {self.steps}); {free / 1e6:.0f} MB are free there. Make room "
-            "or give another folder; the state in memory is unharmed."
-        )
+            raise self._recover(error) from error
 
     def restore(
         self,
@@ -178,34 +170,106 @@ class CheckpointStore:
           abstract_state: shapes, dtypes and shardings wanted (arrays will do), on any number of
             devices; see `jaxrec.sharding.abstract_like`.
           step: a number, "latest" or "best". "latest" passes over damaged checkpoints, with a
-            warning; "best" and a number never do.
+            warning, and (unless read_only) moves them to `folder/damaged`; "best" and a number
+            never do.
           config: compared with the saved one.
           may_differ: dotted fields (or their parents) that the comparison leaves out.
 
         Raises:
-          CheckpointError: nothing to restore, or damaged.
+          CheckpointError: nothing to restore, damaged, or arrays of other shapes than asked for.
           ConfigMismatch: names every field that differs.
         """
-        candidates = self._candidates(step)
-        reasons = []
-        for candidate in candidates:
+        self.wait()
+        reasons: dict[int, str] = {}
+        for candidate in self._candidates(step):
             try:
                 restored = self._read(candidate, abstract_state, config, may_differ)
-            except _Damaged as error:
-                reasons.append(f"step {candidate}: {error}")
+            except _DamagedError as error:
+                reasons[candidate] = str(error)
                 continue
-            for reason in reasons:
-                warnings.warn(
-                    f"checkpoint passed over, using step {candidate} instead; {reason}",
-                    CheckpointWarning,
-                    stacklevel=2,
-                )
+            self._pass_over(reasons, candidate)
             return restored
+        found = "; ".join(f"step {number}: {reason}" for number, reason in reasons.items())
         raise CheckpointError(
-            f"no usable checkpoint in {self.folder / STEPS_FOLDER}: "
-            + ("; ".join(reasons) or "there is none")
-            + ". Restore the folder from a copy, or start again in another folder."
+            f"no usable checkpoint in {self.folder / STEPS_FOLDER}: {found or 'there is none'}. "
+            "Restore the folder from a copy, or start again in another folder."
         )
+
+    def close(self) -> None:
+        """Completes the save under way and gives the folder free; raises if the save failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+            self._let_go()
+
+    def _take_lock(self) -> TextIO | None:
+        if self._read_only:
+            if not self.folder.is_dir():
+                raise CheckpointError(f"there is no folder {self.folder}")
+            return None
+        if jax.process_index() != 0:  # the first process of a run holds it for all
+            return None
+        try:
+            return lock_folder(self.folder)
+        except FolderInUse as error:
+            raise CheckpointError(
+                f"{self.folder} is in use by {error}; two runs in one folder would overwrite each "
+                "other. Wait for it, stop it, or give this run another folder."
+            ) from error
+
+    def _let_go(self) -> None:
+        unhush_orbax(self._hush)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        writing = not self._read_only
+        options = ocp.CheckpointManagerOptions(
+            create=writing,
+            read_only=self._read_only,
+            cleanup_tmp_directories=writing,
+            preservation_policy=_KeepNewestAndBest(self) if writing else None,
+        )
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        folder = self.folder / STEPS_FOLDER
+        return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+    def _recover(self, error: Exception) -> CheckpointError:
+        """Starts Orbax anew, which lists what is on disk and removes what is half written."""
+        self._manager = self._open_manager()
+        self._scores = self._read_scores()
+        free = shutil.disk_usage(self.folder).free
+        return CheckpointError(
+            f"a checkpoint could not be written to {self.folder}: {_first_line(error)}. Complete "
+            f"checkpoints are untouched (steps {self.steps}); {free / 1e6:.0f} MB are free there. "
+            "Make room or give another folder; the state in memory is unharmed."
+        )
+
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        kept = set(sorted(steps)[-self._keep :])
+        if self.best_metric is not None and self.best_step is not None:
+            kept.add(self.best_step)
+        return kept
+
+    def _note_score(self, step: int, metrics: Mapping[str, float]) -> None:
+        score = metrics.get(self.best_metric) if self.best_metric is not None else None
+        if score is not None and not math.isnan(score):
+            self._scores[step] = score
+
+    def _read_scores(self) -> dict[int, float]:
+        """Scores of the checkpoints on disk; a damaged one is not the best."""
+        self._scores = {}
+        for step in self.steps if self.best_metric is not None else ():
+            try:
+                self._note_score(step, self._read_meta(step)["metrics"])
+            except _DamagedError:
+                continue
+        return self._scores
 
     def _candidates(self, step: int | str) -> list[int]:
         steps = self.steps[::-1]
@@ -218,26 +282,44 @@ class CheckpointStore:
             raise CheckpointError(f"no checkpoint of step {step} in {self.folder}; it has {steps}")
         return [int(step)]
 
-    @property
-    def best_step(self) -> int | None:
-        """The step with the largest `best_metric` among the checkpoints that carry it."""
-        if self.best_metric is None:
-            raise CheckpointError("the store was opened without best_metric, so no step is best")
-        scored = []
-        for step in self.steps:
-            metrics = self._read_meta(step).get("metrics", {})
-            if self.best_metric in metrics:
-                scored.append((metrics[self.best_metric], -step))
-        return -max(scored)[1] if scored else None
+    def _pass_over(self, reasons: Mapping[int, str], used: int) -> None:
+        """Warns of damaged checkpoints and sets them aside, where no later save meets them."""
+        for step, reason in reasons.items():
+            where = "left where it is"
+            if not self._read_only:
+                where = f"moved to {self._set_aside(step)}"
+            warnings.warn(
+                f"the checkpoint of step {step} is damaged ({reason}) and was {where}; using step "
+                f"{used} instead",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+        if reasons and not self._read_only:
+            self._manager.reload()
+
+    def _set_aside(self, step: int) -> Path:
+        target = self.folder / DAMAGED_FOLDER / str(step)
+        for attempt in range(1, 1000):
+            if not target.exists():
+                break
+            target = target.with_name(f"{step}-{attempt}")
+        target.parent.mkdir(exist_ok=True)
+        if jax.process_index() == 0:
+            (self.folder / STEPS_FOLDER / str(step)).rename(target)
+        self._scores.pop(step, None)
+        return target
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         try:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
-            return dict(restored["meta"])
+            meta = dict(restored["meta"])
         except Exception as error:
-            raise _Damaged(f"its meta data cannot be read ({_first_line(error)})") from error
+            raise _DamagedError(f"its meta data cannot be read: {_first_line(error)}") from error
+        if meta.pop("crc32", None) != _crc32(meta):
+            raise _DamagedError("its meta data do not have the checksum they were saved with")
+        return meta
 
     def _read(
         self,
@@ -249,64 +331,69 @@ class CheckpointStore:
         meta = self._read_meta(step)
         if config is not None:
             check_same_config(meta["config"], config, may_differ)
+        _check_same_arrays(step, meta["arrays"], abstract_state)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
         try:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             )
         except Exception as error:
-            raise _Damaged(f"its arrays cannot be read ({_first_line(error)})") from error
+            raise _DamagedError(f"its arrays cannot be read: {_first_line(error)}") from error
         state = restored["state"]
-        if _checksums(state) != meta["checksums"]:
-            raise _Damaged("its arrays do not have the checksums they were saved with")
+        read = fingerprints(state)
+        wrong = [name for name, saved in meta["arrays"].items() if read[name] != saved]
+        if wrong:
+            raise _DamagedError(f"{', '.join(wrong[:5])} differ from what was saved")
         return Restored(
             step, state, meta["iterator"], meta["config"], meta["metrics"], meta["progress"]
         )
 
-    def close(self) -> None:
-        """Completes the save under way and gives the folder free."""
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
-            if self._lock is not None:
-                self._lock.close()
-                self._lock = None
 
-
-class _Damaged(CheckpointError):
+class _DamagedError(CheckpointError):
     """This one checkpoint is not usable; another may be."""
 
 
+class _KeepNewestAndBest:
+    """Orbax's question which checkpoints to preserve, answered by the store."""
+
+    def __init__(self, store: CheckpointStore):
+        self.store = store
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        kept = self.store._kept([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
 
 
-def _checksums(state: PyTree) -> list[int] | None:
-    """CRC-32 of every leaf's bytes; None where this process does not hold all of them."""
-    leaves = jax.tree.leaves(state)
-    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
-        return None
-    return [
-        zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data) for leaf in leaves
-    ]
+def _sealed(**meta: Any) -> dict[str, Any]:
+    """As JSON would return it, with a checksum of its own."""
+    plain = json.loads(json.dumps(meta))
+    return {**plain, "crc32": _crc32(plain)}
 
 
-def _lock(folder: Path) -> Any:
-    """Takes the folder for this process; the system frees it when the process ends, however."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / LOCK_FILE, "a+")  # noqa: SIM115 - held as long as the store
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
+def _crc32(meta: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _check_same_arrays(step: int, saved: Mapping[str, list], abstract_state: PyTree) -> None:
+    """Tells a checkpoint of other arrays from a damaged one."""
+    names = leaf_names(abstract_state)
+    wanted = {
+        name: [str(leaf.dtype), list(leaf.shape)]
+        for name, leaf in zip(names, jax.tree.leaves(abstract_state), strict=True)
+    }
+    lines = []
+    for name in sorted(wanted.keys() | saved.keys()):
+        before = "absent" if name not in saved else f"{saved[name][0]}{saved[name][1]}"
+        now = "absent" if name not in wanted else f"{wanted[name][0]}{wanted[name][1]}"
+        if before != now:
+            lines.append(f"{name}: saved {before}, asked for {now}")
+    if lines:
+        shown = "\n  ".join(lines[:20])
         raise CheckpointError(
-            f"{folder} is in use by {holder}; two runs in one folder would overwrite each other. "
-            "Wait for it, stop it, or give this run another folder."
-        ) from error
-    file.truncate(0)
-    json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
-    file.flush()
-    return file
+            f"the checkpoint of step {step} holds other arrays:\n  {shown}\nBuild the model and "
+            "the optimizer with the saved configuration."
+        )

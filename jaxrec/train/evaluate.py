@@ -1,30 +1,36 @@
 """Evaluation by full ranking: every user's held-out item among all items, history left out."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
 from jaxrec.data import EvalSet, eval_batches
+from jaxrec.functional import split_params
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.ops.metrics import ranking_metrics, target_ranks
 from jaxrec.typing import PyTree
+
+MAX_IN_FLIGHT = 8  # batches dispatched before the first result is fetched: bounds the memory
 
 type RankFn = Callable[[PyTree, JaggedBatch, jax.Array | np.ndarray], jax.Array]
 
 
 def make_rank_fn(model: nnx.Module) -> RankFn:
     """Jitted (params, batch, history_ids) → the rank of every target."""
-    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+    rebuild, _ = split_params(model)
 
     @jax.jit
     def rank(params: PyTree, batch: JaggedBatch, history_ids: jax.Array) -> jax.Array:
-        module: Any = nnx.merge(graphdef, params, rest)
+        module: Any = rebuild(params)
         hidden = module.encode(batch)[batch.target_positions]
-        return target_ranks(hidden, module.item_embeddings(), batch.target_ids, history_ids)
+        targets = jnp.asarray(batch.target_ids)
+        return target_ranks(hidden, module.item_embeddings(), targets, history_ids)
 
     return rank
 
@@ -40,6 +46,14 @@ def evaluate_ranking(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """HR@k, NDCG@k and MRR over all users of `eval_set`.
+
+    Args:
+      rank_fn: from `make_rank_fn`.
+      max_len: the most events of a history that the model sees; all of them are left out.
+      progress: called with (users ranked, users).
+
+    Raises:
+      ValueError: the evaluation set is empty.
 
     Cost: 2·U·V·D FLOPs for U users, and their forward pass.
     """
@@ -58,41 +72,53 @@ def user_ranks(
     batch_size: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> Int[np.ndarray, "U"]:
-    """The rank of every user's target, in the order of the evaluation set."""
-    num_users = len(eval_set.targets)
+    """The rank of every user's target from 0, in the order of the evaluation set."""
+    num_users = len(eval_set)
     ranks = np.zeros(num_users, np.int32)
+    if not num_users:
+        return ranks
     lengths = np.minimum(eval_set.histories.lengths, max_len)
     budget = int(max(lengths.max(initial=1), 1.25 * batch_size * lengths.mean()))
     batches = eval_batches(eval_set, max_len=max_len, batch_size=batch_size, token_budget=budget)
-    pending = []
+    in_flight: deque[tuple[np.ndarray, jax.Array]] = deque()
+
+    def fetch_until(left: int) -> None:
+        while len(in_flight) > left:
+            users, device_ranks = in_flight.popleft()
+            real = users >= 0
+            ranks[users[real]] = np.asarray(device_ranks)[real]
+            if progress is not None:
+                progress(int(users.max()) + 1, num_users)
+
     for batch, users in batches:
-        history = history_matrix(eval_set, users)
-        pending.append((users, rank_fn(params, batch, history)))
-        if progress is not None:
-            progress(min(num_users, len(pending) * batch_size), num_users)
-    for users, device_ranks in pending:
-        real = users >= 0
-        ranks[users[real]] = np.asarray(device_ranks)[real]
+        in_flight.append((users, rank_fn(params, batch, history_matrix(eval_set, users))))
+        fetch_until(MAX_IN_FLIGHT)
+    fetch_until(0)
     return ranks
 
 
 def history_matrix(eval_set: EvalSet, users: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B L"]:
-    """Whole histories as rows padded with 0; L is one width for the whole evaluation set."""
-    width = int(eval_set.histories.lengths.max(initial=1))
+    """Whole histories as rows padded with 0; L is one width for the whole evaluation set.
+
+    Args:
+      users: rows of `eval_set`; -1 gives an empty history.
+    """
+    histories = eval_set.histories
+    width = int(histories.lengths.max(initial=1))
+    lengths = np.where(users >= 0, histories.lengths[users], 0)
     rows = np.zeros((len(users), width), np.int32)
-    for row, user in enumerate(users):
-        if user >= 0:
-            items = eval_set.histories.sequence(int(user))
-            rows[row, : len(items)] = items
+    rows[np.arange(width) < lengths[:, None]] = histories.take(users, lengths).item_ids
     return rows
 
 
-def popularity_ranks(
-    counts: Int[np.ndarray, "V"], eval_set: EvalSet, *, batch_size: int = 256
-) -> Int[np.ndarray, "U"]:
+def popularity_ranks(counts: Int[np.ndarray, "V"], eval_set: EvalSet) -> Int[np.ndarray, "U"]:
     """Ranks of the baseline that recommends everyone the most frequent items.
 
-    Same protocol as `user_ranks`; items seen equally often are ordered by their number.
+    Histories are left out as in `user_ranks`; items seen equally often are ordered by their
+    number.
+
+    Args:
+      counts: how often each item occurs in the training data; row 0 is padding.
     """
     order = np.lexsort((np.arange(len(counts)), -np.asarray(counts)))
     place = np.empty(len(counts), np.int64)

@@ -1,7 +1,6 @@
 """The training loop: steps, guard, evaluation, early stop, checkpoints, exact resume."""
 
-import signal
-import threading
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +14,37 @@ import numpy as np
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.train.checkpoint import CheckpointError, CheckpointStore, CheckpointWarning
 from jaxrec.train.progress import Progress, RunLog, make_progress
+from jaxrec.train.signals import StopSignals
 from jaxrec.train.step import StepMetrics, TrainState, TrainStep
 
-MAY_DIFFER = ("loop.num_steps", "loop.log_every", "loop.keep", "loop.patience", "train.num_epochs")
+type Evaluate = Callable[[TrainState], Mapping[str, float]]
+type Evaluation = dict[str, float | int]
+
+MAY_DIFFER = (
+    "loop",
+    "train.num_epochs",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.patience",
+    "train.keep",
+)
+"""Settings that change no weight, only when to look, save and stop: they may differ on resuming."""
 
 
 class NonFiniteError(FloatingPointError):
     """Training met NaN or infinity; the message names step and parameter."""
+
+
+class LastSaveError(CheckpointError):
+    """Training ended well, but its last checkpoint could not be written.
+
+    Attributes:
+      result: what `run_loop` would have returned.
+    """
+
+    def __init__(self, message: str, result: "LoopResult"):
+        super().__init__(message)
+        self.result = result
 
 
 @dataclass(frozen=True)
@@ -29,10 +52,12 @@ class LoopConfig:
     """When the loop does what; all in steps.
 
     Attributes:
+      num_steps: of the whole run, earlier calls included.
       eval_every: evaluates, and after it saves a checkpoint; 0 never evaluates.
       checkpoint_every: saves in between; 0 saves only after evaluations and at the end.
       log_every: steps between lines of the log; device results are fetched only then.
       patience: evaluations without a better `monitor` before it stops; 0 never stops early.
+      monitor: the metric that decides which step is the best; larger is better.
       keep: newest checkpoints kept, besides the best.
     """
 
@@ -45,11 +70,12 @@ class LoopConfig:
     keep: int = 2
 
     def __post_init__(self):
-        if self.num_steps < 1 or self.log_every < 1:
-            raise ValueError(
-                f"num_steps is {self.num_steps} and log_every {self.log_every}; "
-                "both must be at least 1"
-            )
+        for name in ("num_steps", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("eval_every", "checkpoint_every", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
 
 
 class LoopResult(NamedTuple):
@@ -57,104 +83,17 @@ class LoopResult(NamedTuple):
 
     Attributes:
       state: after the last step.
-      best_state: at the best evaluation, or the last one if none was made.
+      best_state: at the best evaluation; the last one if none was made.
       history: the metrics of every evaluation, with their `step`.
-      stopped_because: "done", "patience" or the name of the signal.
+      best_step: the step of `best_state`; None if no evaluation was made.
+      stopped_because: "done", "patience", "out of batches" or the name of the signal.
     """
 
     state: TrainState
     best_state: TrainState
-    history: list[dict[str, float]]
+    history: list[Evaluation]
     best_step: int | None
     stopped_because: str
-
-
-class _Run:
-    """The mutable side of one call of `run_loop`."""
-
-    def __init__(
-        self,
-        store: CheckpointStore,
-        log: RunLog,
-        progress: Progress,
-        config: LoopConfig,
-        full_config: Mapping[str, Any],
-        param_names: Sequence[str],
-    ):
-        self.store, self.log, self.progress, self.config = store, log, progress, config
-        self.full_config, self.param_names = full_config, param_names
-        self.history: list[dict[str, float]] = []
-        self.pending: list[tuple[int, StepMetrics]] = []
-        self.saved_step = -1
-        self.window_start = time.monotonic()
-
-    def fetch(self) -> None:
-        """Gets the buffered step metrics from the device, checks them, logs their means."""
-        if not self.pending:
-            return
-        steps = [step for step, _ in self.pending]
-        fetched = jax.device_get([metrics for _, metrics in self.pending])
-        self.pending = []
-        for step, metrics in zip(steps, fetched, strict=True):
-            if metrics.nonfinite >= 0:
-                raise NonFiniteError(
-                    f"step {step}: the gradient of {self.param_names[int(metrics.nonfinite)]!r} "
-                    f"is not finite (loss {float(metrics.loss):g}). The weights before this step "
-                    "are saved. Lower the learning rate, clip gradients, or look at the batch."
-                )
-        seconds = max(time.monotonic() - self.window_start, 1e-9)
-        self.window_start = time.monotonic()
-        last = fetched[-1]
-        figures = {
-            "loss": float(np.mean([m.loss for m in fetched])),
-            "grad_norm": float(np.mean([m.grad_norm for m in fetched])),
-            "learning_rate": float(last.learning_rate),
-        }
-        self.log.write(steps[-1], "train", figures)
-        rate = sum(int(m.num_tokens) for m in fetched) / seconds
-        self.progress.update(steps[-1], {"loss": figures["loss"], "tokens/s": rate})
-
-    def save(self, step: int, state: TrainState, iterator_state: Mapping[str, Any]) -> None:
-        """Saves a checkpoint; a failure is a warning here, as training itself is unharmed."""
-        newest = self.history[-1] if self.history else {}
-        metrics = newest if newest.get("step") == step else None
-        try:
-            self.store.save(
-                step,
-                state,
-                iterator_state=iterator_state,
-                config=self.full_config,
-                metrics=metrics,
-                progress={"history": self.history},
-            )
-            self.saved_step = step
-        except CheckpointError as error:
-            warnings.warn(str(error), CheckpointWarning, stacklevel=2)
-
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records an evaluation."""
-        if self.config.patience and self.config.monitor not in metrics:
-            raise ValueError(
-                f"monitor {self.config.monitor!r} is not among the metrics {sorted(metrics)}"
-            )
-        self.history.append({"step": step, **metrics})
-        self.log.write(step, "eval", metrics)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self.progress.note(f"step {step}: {shown}")
-
-    @property
-    def best(self) -> dict[str, float] | None:
-        """The evaluation with the largest monitored metric, the first of equals."""
-        scored = [h for h in self.history if self.config.monitor in h]
-        return max(scored, key=lambda h: h[self.config.monitor]) if scored else None
-
-    @property
-    def out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations brought nothing better."""
-        if not self.config.patience or self.best is None:
-            return False
-        since_best = len(self.history) - 1 - self.history.index(self.best)
-        return since_best >= self.config.patience
 
 
 def run_loop(
@@ -165,129 +104,273 @@ def run_loop(
     config: LoopConfig,
     folder: str | Path,
     model_config: Mapping[str, Any],
-    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     resume: bool = True,
     param_names: Sequence[str],
     put_batch: Callable[[JaggedBatch], JaggedBatch] = lambda batch: batch,
+    progress: Progress | None = None,
 ) -> LoopResult:
     """Trains until `num_steps`, early stop or a signal; called again, it goes on from there.
 
     A resumed run ends bit-identical to one that was never stopped, as long as machine, versions
-    and configuration are the same.
+    and configuration are the same. `config` may differ: it changes no weight.
 
     Args:
       state: the first state; donated.
+      step_fn: from `make_step`.
       batches: an iterator of batches with `get_state()` and `set_state()`.
       folder: of the run; see `CheckpointStore`. `log.jsonl` and `tensorboard/` are written there.
       model_config: stored with every checkpoint and compared on resume.
       evaluate: metrics of a state; larger `monitor` is better.
       resume: False refuses a folder that holds checkpoints.
       param_names: name of every leaf of `state.params`, for errors.
+      put_batch: places a batch on the devices.
+      progress: None shows a bar on a terminal and prints lines elsewhere; `Progress()` is quiet.
 
     Raises:
       NonFiniteError: NaN or infinity; the last good weights are saved first.
-      CheckpointError: the folder is in use, or the last checkpoint could not be written.
+      LastSaveError: the last checkpoint could not be written; it holds the result.
+      CheckpointError: the folder is in use, or holds no usable checkpoint.
       ConfigMismatch: the folder holds a run with another configuration.
     """
     full_config = {**model_config, "loop": asdict(config)}
     with CheckpointStore(folder, keep=config.keep, best_metric=config.monitor) as store:
-        history: list[dict[str, float]] = []
-        if store.steps:
-            if not resume:
-                raise CheckpointError(
-                    f"{store.folder} already holds a run (steps {store.steps}); resume it, or "
-                    "give another folder"
-                )
-            restored = store.restore(state, config=full_config, may_differ=MAY_DIFFER)
-            state = restored.state
-            batches.set_state(restored.iterator_state)
-            history = restored.progress["history"]
-        first_step = int(state.step)
-        log = RunLog(store.folder, first_step)
-        progress = make_progress(first_step, config.num_steps)
-        run = _Run(store, log, progress, config, full_config, param_names)
-        run.history = history
-        if first_step:
-            progress.note(f"resuming after step {first_step}")
+        run = _Run(store, config, full_config, batches, param_names)
+        state = run.resume(state, allowed=resume)
+        run.log = RunLog(store.folder, run.step)
+        run.progress = make_progress(run.step, config.num_steps) if progress is None else progress
         try:
-            with _Signals() as signals:
-                state, why = _steps(
-                    state, step_fn, batches, run, evaluate, signals, first_step, put_batch
-                )
-            store.wait()
-            best = run.best
-            best_state = state
-            if best is not None and best["step"] != int(state.step) and best["step"] in store.steps:
-                best_state = store.restore(state, step=int(best["step"])).state
-            return LoopResult(
-                state, best_state, run.history, None if best is None else int(best["step"]), why
-            )
+            if run.step:
+                run.progress.note(f"resuming after step {run.step}")
+            with StopSignals() as signals:
+                state, why = run.train(state, step_fn, put_batch, evaluate, signals)
+            return run.finish(state, why)
         finally:
-            progress.close()
-            log.close()
+            run.progress.close()
+            run.log.close()
 
 
-def _steps(
-    state: TrainState,
-    step_fn: TrainStep,
-    batches: Any,
-    run: _Run,
-    evaluate: Callable[[TrainState], Mapping[str, float]] | None,
-    signals: "_Signals",
-    first_step: int,
-    put_batch: Callable[[JaggedBatch], JaggedBatch],
-) -> tuple[TrainState, str]:
-    """The loop proper; returns the last state and why it ended."""
-    config = run.config
-    why = "patience" if run.out_of_patience else "done"
-    step, iterator_state = first_step, batches.get_state()
-    while step < config.num_steps and why == "done":
-        state, metrics = step_fn(state, put_batch(next(batches)))
-        step, iterator_state = step + 1, batches.get_state()
-        run.pending.append((step, metrics))
-        evaluating = evaluate is not None and config.eval_every and step % config.eval_every == 0
-        saving = config.checkpoint_every and step % config.checkpoint_every == 0
-        if step % config.log_every == 0 or evaluating or saving or signals.caught:
+class _Run:
+    """One call of `run_loop`: where it is, and what it has to write down."""
+
+    log: RunLog
+    progress: Progress
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        config: LoopConfig,
+        full_config: Mapping[str, Any],
+        batches: Any,
+        param_names: Sequence[str],
+    ):
+        self.store, self.config, self.full_config = store, config, full_config
+        self.batches, self.param_names = batches, param_names
+        self.step, self.saved_step = 0, -1
+        self.history: list[Evaluation] = []
+        # Step metrics on their way from the device, then those waiting for the next log line.
+        self.in_flight: list[tuple[int, StepMetrics]] = []
+        self.window: list[dict[str, float]] = []
+        self.tokens, self.clock = 0, time.monotonic()
+
+    def resume(self, state: TrainState, *, allowed: bool) -> TrainState:
+        """The newest checkpoint's state, or `state` in an empty folder."""
+        if self.store.steps:
+            if not allowed:
+                raise CheckpointError(
+                    f"{self.store.folder} already holds a run (steps {self.store.steps}); resume "
+                    "it, or give another folder"
+                )
+            restored = self.store.restore(state, config=self.full_config, may_differ=MAY_DIFFER)
+            state = restored.state
+            self.batches.set_state(restored.iterator_state)
+            self.history = restored.progress["history"]
+            self.window = restored.progress["window"]
+            self.saved_step = restored.step
+        self.step = int(state.step)
+        return state
+
+    def train(
+        self,
+        state: TrainState,
+        step_fn: TrainStep,
+        put_batch: Callable[[JaggedBatch], JaggedBatch],
+        evaluate: Evaluate | None,
+        signals: StopSignals,
+    ) -> tuple[TrainState, str]:
+        """The loop proper; returns the last state and why it ended."""
+        config = self.config
+        why = "patience" if self.out_of_patience else ""
+        self.clock = time.monotonic()
+        while not why:
+            if self.step >= config.num_steps:
+                why = "done"
+                break
+            batch = next(self.batches, None)
+            if batch is None:
+                why = "out of batches"
+                break
+            state, metrics = step_fn(state, put_batch(batch))
+            self.step += 1
+            self.in_flight.append((self.step, metrics))
+            logging = self.due(config.log_every)
+            evaluating = evaluate is not None and self.due(config.eval_every)
+            saving = evaluating or self.due(config.checkpoint_every)
+            if logging or saving or signals.caught:
+                self.check(state)
+            if logging:
+                self.write_window()
+            if evaluating and evaluate is not None:
+                self.record(evaluate(state))
+                why = "patience" if self.out_of_patience else ""
+            why = signals.caught or why
+            if saving:
+                self.save(state)
+        self.check(state)
+        if why in ("done", "out of batches"):
+            self.write_window()
+        return state, why
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps is due now; 0 is never."""
+        return every > 0 and self.step % every == 0
+
+    def check(self, state: TrainState) -> None:
+        """Fetches the step metrics that are in flight; saves and raises if one is not finite."""
+        steps = [step for step, _ in self.in_flight]
+        fetched = jax.device_get([metrics for _, metrics in self.in_flight])
+        self.in_flight = []
+        for step, metrics in zip(steps, fetched, strict=True):
+            if metrics.nonfinite >= 0:
+                self.save(state)
+                raise NonFiniteError(self._nonfinite_message(step, metrics))
+            self.tokens += int(metrics.num_tokens)
+            self.window.append(
+                {
+                    "loss": float(metrics.loss),
+                    "grad_norm": float(metrics.grad_norm),
+                    "learning_rate": float(metrics.learning_rate),
+                }
+            )
+
+    def _nonfinite_message(self, step: int, metrics: StepMetrics) -> str:
+        number = int(metrics.nonfinite)
+        what = "the loss"
+        if number < len(self.param_names):
+            what = f"the gradient or the new value of {self.param_names[number]!r}"
+        return (
+            f"step {step}: {what} is not finite (loss {float(metrics.loss):g}, gradient norm "
+            f"{float(metrics.grad_norm):g}). The step was not applied; the weights are saved in "
+            f"{self.store.folder} as of step {self.step}. Lower the learning rate, clip "
+            "gradients, or look at the batch."
+        )
+
+    def write_window(self) -> None:
+        """A log line with the means of the steps since the one before."""
+        if not self.window:
+            return
+        figures = {
+            "loss": float(np.mean([step["loss"] for step in self.window])),
+            "grad_norm": float(np.mean([step["grad_norm"] for step in self.window])),
+            "learning_rate": self.window[-1]["learning_rate"],
+        }
+        self.window = []
+        self.log.write(self.step, "train", figures)
+        rate = self.tokens / max(time.monotonic() - self.clock, 1e-9)
+        self.tokens, self.clock = 0, time.monotonic()
+        self.progress.update(self.step, {"loss": figures["loss"], "tokens/s": rate})
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Notes an evaluation, and starts the clock of the token rate again."""
+        monitor = self.config.monitor
+        if monitor not in metrics:
+            raise ValueError(f"monitor {monitor!r} is not among the metrics {sorted(metrics)}")
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if math.isnan(metrics[monitor]):
+            raise NonFiniteError(f"step {self.step}: the evaluation's {monitor!r} is NaN")
+        self.history.append({"step": self.step, **metrics})
+        self.log.write(self.step, "eval", metrics)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.progress.note(f"step {self.step}: {shown}")
+        self.tokens, self.clock = 0, time.monotonic()
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The evaluation with the largest monitored metric, the first of equals."""
+        scored = [entry for entry in self.history if self.config.monitor in entry]
+        return max(scored, key=lambda entry: entry[self.config.monitor]) if scored else None
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations brought nothing better."""
+        if not self.config.patience or self.best is None:
+            return False
+        since_best = len(self.history) - 1 - self.history.index(self.best)
+        return since_best >= self.config.patience
+
+    def save(self, state: TrainState) -> None:
+        """Starts a checkpoint; a failure is a warning here, as training itself is unharmed."""
+        try:
+            self._start_saving(state)
+        except CheckpointError as error:
+            warnings.warn(str(error), CheckpointWarning, stacklevel=2)
+
+    def _start_saving(self, state: TrainState) -> None:
+        if self.saved_step == self.step:
+            return
+        newest = self.history[-1] if self.history else {"step": -1}
+        metrics = {name: value for name, value in newest.items() if name != "step"}
+        self.store.save(
+            self.step,
+            state,
+            iterator_state=self.batches.get_state(),
+            config=self.full_config,
+            metrics=metrics if newest["step"] == self.step else None,
+            progress={"history": self.history, "window": self.window},
+        )
+        self.saved_step = self.step
+
+    def finish(self, state: TrainState, why: str) -> LoopResult:
+        """Makes sure that the last step is saved, and fetches the best."""
+        failure = self._save_last(state)
+        best_state = self._best_state(state)
+        best_step = int(best_state.step) if self.best is not None else None
+        result = LoopResult(state, best_state, self.history, best_step, why)
+        if failure is not None:
+            raise LastSaveError(
+                f"training ended after step {self.step} ({why}), but {failure} The result is kept "
+                "in this error's `result`; running again repeats the steps since the last "
+                "checkpoint.",
+                result,
+            ) from failure
+        if why.startswith("SIG"):
+            self.progress.note(f"{why}: stopped after step {self.step}; run again to go on")
+        return result
+
+    def _save_last(self, state: TrainState) -> CheckpointError | None:
+        """Completes the last checkpoint, trying once more where the first attempt failed."""
+        try:
+            self._start_saving(state)
+            self.store.wait()
+        except CheckpointError:
+            self.saved_step = -1
             try:
-                run.fetch()
-            except NonFiniteError:
-                # Bad steps leave the weights alone, so this is the last good state.
-                run.save(step, state, iterator_state)
-                raise
-        if evaluating and evaluate is not None:
-            run.evaluated(step, evaluate(state))
-            run.window_start = time.monotonic()
-            if run.out_of_patience:
-                why = "patience"
-        if signals.caught:
-            why = signals.caught
-        if evaluating or saving:
-            run.save(step, state, iterator_state)
-    run.fetch()
-    if run.saved_step != step and step > first_step:
-        run.save(step, state, iterator_state)
-    if signals.caught:
-        run.progress.note(f"{why}: stopped after step {step}; run again to go on")
-    return state, why
+                self._start_saving(state)
+                self.store.wait()
+            except CheckpointError as error:
+                return error
+        return None
 
-
-class _Signals:
-    """Turns the first SIGINT or SIGTERM into a wish to stop; the second one acts as usual."""
-
-    def __init__(self):
-        self.caught: str = ""
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self.caught = signal.Signals(number).name
-        signal.signal(number, self._previous.get(number, signal.SIG_DFL))
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def _best_state(self, state: TrainState) -> TrainState:
+        if self.best is None or self.best["step"] == self.step:
+            return state
+        try:
+            return self.store.restore(state, step=int(self.best["step"])).state
+        except CheckpointError as error:
+            warnings.warn(
+                f"the best step {self.best['step']} cannot be restored, so the last state stands "
+                f"in for it: {error}",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+            return state

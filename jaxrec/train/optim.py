@@ -10,7 +10,11 @@ class OptimizerConfig:
     """Adam(W) with warm-up, optional cosine decay and clipping by the global norm.
 
     Attributes:
-      decay_steps: steps of the cosine decay down to `final_fraction`; None keeps the rate.
+      learning_rate: the highest, after warm-up.
+      warmup_steps: steps of linear warm-up from 0.
+      decay_steps: steps of the cosine decay after warm-up, down to `final_fraction` of the
+        rate; None keeps the rate.
+      weight_decay: decoupled, on every parameter.
       clip_norm: None clips nothing.
     """
 
@@ -22,6 +26,21 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     clip_norm: float | None = 5.0
+
+    def __post_init__(self):
+        checks = {
+            "learning_rate": (self.learning_rate > 0, "above 0"),
+            "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
+            "decay_steps": (self.decay_steps is None or self.decay_steps >= 1, "None, or 1 up"),
+            "final_fraction": (0 <= self.final_fraction <= 1, "0 to 1"),
+            "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "b1": (0 <= self.b1 < 1, "from 0, below 1"),
+            "b2": (0 <= self.b2 < 1, "from 0, below 1"),
+            "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "None, or above 0"),
+        }
+        for name, (good, expected) in checks.items():
+            if not good:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}")
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:

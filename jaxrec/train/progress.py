@@ -3,15 +3,16 @@
 import json
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 LOG_FILE = "log.jsonl"
 
 
-class Progress(Protocol):
-    """Shows how far a run is."""
+class Progress:
+    """Shows how far a run is; this one shows nothing."""
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
         """Shows the figures of a step."""
@@ -23,7 +24,7 @@ class Progress(Protocol):
         """Ends the display."""
 
 
-class PlainProgress:
+class PlainProgress(Progress):
     """One line every `every_s` seconds, for logs and where rich is missing."""
 
     def __init__(self, first_step: int, num_steps: int, *, every_s: float = 30.0):
@@ -32,6 +33,7 @@ class PlainProgress:
         self.last_shown = self.started
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
+        """Prints the figures if it is time."""
         now = time.monotonic()
         if now - self.last_shown < self.every_s:
             return
@@ -42,13 +44,11 @@ class PlainProgress:
         self.note(f"step {step}/{self.num_steps}  {shown}  {left:,.0f} s left")
 
     def note(self, text: str) -> None:
+        """Prints the line."""
         print(text, flush=True)
 
-    def close(self) -> None:
-        pass
 
-
-class RichProgress:
+class RichProgress(Progress):
     """A live bar with loss, tokens a second and the time left."""
 
     def __init__(self, first_step: int, num_steps: int):
@@ -75,13 +75,16 @@ class RichProgress:
         self.bar.start()
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
+        """Moves the bar."""
         shown = "  ".join(f"{name} {value:,.4g}" for name, value in figures.items())
         self.bar.update(self.task, completed=step, figures=shown)
 
     def note(self, text: str) -> None:
+        """Prints the line above the bar."""
         self.bar.console.print(text, highlight=False)
 
     def close(self) -> None:
+        """Leaves the bar as it is."""
         self.bar.stop()
 
 
@@ -99,23 +102,29 @@ class RunLog:
     """`log.jsonl`, one object a line, and TensorBoard events where tensorboardX is installed.
 
     Opening it for a resumed run drops the lines of steps past the restored one, so that the file
-    reads as if the run had never stopped.
+    reads as if the run had never stopped. What cannot be written (disk full) is kept and written
+    with a later line; training goes on.
     """
 
     def __init__(self, folder: Path, first_step: int):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOG_FILE
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= first_step]
+        kept = [record for record in _records(path) if record["step"] <= first_step]
         scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(kept))
+        scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
         scratch.replace(path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
         self._board = _tensorboard(folder / "tensorboard", first_step)
 
     def write(self, step: int, kind: str, figures: Mapping[str, Any]) -> None:
-        """Appends one line and flushes it."""
-        self._file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
-        self._file.flush()
+        """Appends one line."""
+        self._unwritten += json.dumps({"step": step, "kind": kind, **figures}).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            warnings.warn(f"{self._file.name} lags behind: {error}", stacklevel=2)
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
@@ -129,15 +138,32 @@ class RunLog:
 
 def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The lines of a run's log, all or of one kind ("train", "eval")."""
-    lines = [json.loads(line) for line in _whole_lines(Path(folder) / LOG_FILE)]
-    return [line for line in lines if kind is None or line["kind"] == kind]
+    records = _records(Path(folder) / LOG_FILE)
+    return [record for record in records if kind is None or record["kind"] == kind]
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file but for a last one cut short by a crash; none if it is absent."""
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log but for a last one cut short by a crash; none if it is absent."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+            if not {"step", "kind"} <= set(record):
+                raise ValueError("keys are missing")
+        except (ValueError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{path}, line {number}: not an object with step and kind: {line.strip()[:80]!r}. "
+                "Delete or repair the line."
+            ) from error
+        records.append(record)
+    return records
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any | None:

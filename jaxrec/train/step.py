@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Float, Int
 
+from jaxrec.functional import copy_params, leaf_names, split_params
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.ops.losses import (
     full_softmax_loss,
@@ -33,7 +34,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: PyTree
     opt_state: PyTree
-    ema_params: PyTree | None
+    ema_params: PyTree
     key: jax.Array
 
     @property
@@ -46,7 +47,8 @@ class StepMetrics(NamedTuple):
     """Device scalars of one step.
 
     `nonfinite` is the number (in `jax.tree.leaves` order) of the first parameter whose gradient
-    is not finite, -1 if all are; such a step leaves weights and optimizer as they were.
+    or new value is not finite, or the number of parameters if only the loss is not; -1 if all is
+    well. Any other step leaves weights, their average and the optimizer as they were.
     """
 
     loss: jax.Array
@@ -78,6 +80,16 @@ class LossConfig:
     temperature: float = 1.0
     calibration: float = 0.75
 
+    def __post_init__(self):
+        if self.name not in ("full", "sampled", "gbce"):
+            raise ValueError(f"unknown loss {self.name!r}; expected full, sampled or gbce")
+        if self.num_negatives < 1:
+            raise ValueError(f"num_negatives is {self.num_negatives}; expected at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}; expected a number above 0")
+        if not 0 <= self.calibration <= 1:
+            raise ValueError(f"calibration is {self.calibration}; expected 0 to 1")
+
 
 def target_loss(
     config: LossConfig,
@@ -107,7 +119,8 @@ def init_state(
     ema_decay: float | None = None,
 ) -> TrainState:
     """The state before the first step; weights are copied, so the model stays usable."""
-    params = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+    _check_decay(ema_decay)
+    params = copy_params(model)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -125,29 +138,33 @@ def make_step(
     schedule: optax.Schedule,
     ema_decay: float | None = None,
 ) -> TrainStep:
-    """Builds the jitted step of `model` (anything with `encode` and `item_embeddings`)."""
-    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+    """Builds the jitted step of `model` (anything with `encode` and `item_embeddings`).
+
+    The state is donated: use the returned one. `ema_decay` must be that of `init_state`.
+    """
+    _check_decay(ema_decay)
+    rebuild, _ = split_params(model)
 
     def batch_loss(params: PyTree, batch: JaggedBatch, key: jax.Array) -> jax.Array:
-        module: Any = nnx.merge(graphdef, params, rest)
+        module: Any = rebuild(params)
         dropout_key, negatives_key = jax.random.split(key)
         hidden = module.encode(batch, key=dropout_key)[batch.target_positions]
         table = module.item_embeddings().astype(hidden.dtype)
-        return target_loss(loss, hidden, table, batch.target_ids, negatives_key)
+        return target_loss(loss, hidden, table, jnp.asarray(batch.target_ids), negatives_key)
 
     def step(state: TrainState, batch: JaggedBatch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="rbg"), state.step)
         value, grads = jax.value_and_grad(batch_loss)(state.params, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        nonfinite = first_nonfinite(grads, value)
+        nonfinite = first_nonfinite(value, grads, params)
         new = TrainState(
             state.step, params, opt_state, _average(state, params, ema_decay), state.key
         )
         new = jax.tree.map(lambda a, b: jnp.where(nonfinite < 0, a, b), new, state)
         metrics = StepMetrics(
             loss=value,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             num_tokens=batch.seq_offsets[-1],
             num_targets=(batch.target_ids != PADDING_ID).sum(),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
@@ -158,7 +175,14 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def _average(state: TrainState, params: PyTree, decay: float | None) -> PyTree | None:
+def _check_decay(decay: float | None) -> None:
+    if decay is not None and not 0 <= decay < 1:
+        raise ValueError(f"ema_decay is {decay}; expected None or a number from 0, below 1")
+
+
+def _average(state: TrainState, params: PyTree, decay: float | None) -> PyTree:
+    if (decay is None) != (state.ema_params is None):
+        raise ValueError("init_state and make_step were given different ema_decay; both need one")
     if decay is None:
         return None
     # An average that starts from the first weights would carry them for 1 / (1 - decay) steps.
@@ -166,17 +190,14 @@ def _average(state: TrainState, params: PyTree, decay: float | None) -> PyTree |
     return jax.tree.map(lambda e, p: warm * e + (1 - warm) * p, state.ema_params, params)
 
 
-def first_nonfinite(grads: PyTree, loss: jax.Array) -> Int[jax.Array, ""]:
-    """Number of the first leaf that is not all finite; 0 if only the loss is not; else -1."""
-    bad = jnp.stack([~jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)])
-    first = jnp.where(bad.any() | ~jnp.isfinite(loss), jnp.argmax(bad), -1)
-    return first.astype(jnp.int32)
+def first_nonfinite(loss: jax.Array, grads: PyTree, params: PyTree) -> Int[jax.Array, ""]:
+    """Number of the first parameter that is not all finite; see `StepMetrics`."""
+    pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True)
+    bad = [~(jnp.isfinite(grad).all() & jnp.isfinite(param).all()) for grad, param in pairs]
+    bad = jnp.stack([*bad, ~jnp.isfinite(loss)])
+    return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
 
 
 def parameter_names(params: PyTree) -> list[str]:
     """Dotted name of every leaf, in the order that `StepMetrics.nonfinite` counts."""
-    paths = jax.tree_util.tree_flatten_with_path(params)[0]
-    return [
-        ".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path).removesuffix(".value")
-        for path, _ in paths
-    ]
+    return leaf_names(params)

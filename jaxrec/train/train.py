@@ -1,18 +1,18 @@
 """Training a model on a split from start to finish: batches, step, loop, evaluation."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from flax import nnx
 
 from jaxrec.data import EvalSet, Split, training_batches
 from jaxrec.train.evaluate import evaluate_ranking, make_rank_fn
 from jaxrec.train.loop import LoopConfig, LoopResult, run_loop
 from jaxrec.train.optim import OptimizerConfig, make_optimizer, make_schedule
+from jaxrec.train.progress import Progress
 from jaxrec.train.step import LossConfig, TrainState, init_state, make_step, parameter_names
 
 
@@ -25,10 +25,16 @@ class TrainConfig:
       token_budget: token slots of a batch.
       max_sequences: sequences of a batch at most.
       ema_decay: None trains without averaged weights; otherwise they are what is evaluated.
+      loss: which loss.
+      optimizer: Adam and its schedule.
       num_epochs: passes over the data, unless early stopping ends before.
       eval_every: epochs between evaluations on the validation set.
       eval_users: validation users looked at (evenly spread); None looks at all.
-      patience: evaluations without a better `monitor` before training stops.
+      checkpoint_every: steps between checkpoints besides those after evaluations; 0 for none.
+      patience: evaluations without a better `monitor` before training stops; 0 never stops.
+      monitor: the metric that decides; larger is better.
+      keep: newest checkpoints kept, besides the best.
+      seed: of the order of samples, dropout and negatives; the model has its own.
     """
 
     sampling: Literal["sequences", "prefixes"] = "sequences"
@@ -40,10 +46,18 @@ class TrainConfig:
     num_epochs: int = 50
     eval_every: int = 1
     eval_users: int | None = None
+    checkpoint_every: int = 0
     patience: int = 5
     monitor: str = "ndcg@10"
     keep: int = 2
     seed: int = 0
+
+    def __post_init__(self):
+        for name in ("num_epochs", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.eval_users is not None and self.eval_users < 1:
+            raise ValueError(f"eval_users is {self.eval_users}; expected None or at least 1")
 
 
 def train(
@@ -54,6 +68,7 @@ def train(
     folder: str | Path,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     resume: bool = True,
+    progress: Progress | None = None,
 ) -> LoopResult:
     """Trains `model` on `split.train`, choosing the best step on `split.valid`.
 
@@ -62,13 +77,21 @@ def train(
     Args:
       model: an NNX module with `config` (a dataclass with `max_len`), `encode(batch, key=)` and
         `item_embeddings()`, such as `SASRec` or `HSTU`.
+      split: from `leave_one_out` or `time_split`.
+      config: compared with that of the checkpoints when resuming, but for `num_epochs`,
+        `eval_every`, `checkpoint_every`, `patience` and `keep`.
       folder: where checkpoints, logs and the lock are kept.
       evaluate: replaces the ranking metrics on the validation set.
       resume: False refuses a folder that already holds a run.
+      progress: as for `run_loop`.
 
     Returns:
       The last and the best state, and the history of metrics.
+
+    Raises:
+      ValueError: the model knows fewer items than the data have; else as `run_loop`.
     """
+    _check_vocabulary(model, split)
     batches = training_batches(
         split.train,
         mode=config.sampling,
@@ -88,24 +111,36 @@ def train(
         ema_decay=config.ema_decay,
     )
     steps_per_epoch = batches.num_batches_per_epoch
-    return run_loop(
-        state,
-        step,
-        iter(batches),
-        config=LoopConfig(
-            num_steps=config.num_epochs * steps_per_epoch,
-            eval_every=config.eval_every * steps_per_epoch,
-            checkpoint_every=config.eval_every * steps_per_epoch,
-            patience=config.patience,
-            monitor=config.monitor,
-            keep=config.keep,
-        ),
-        folder=folder,
-        model_config=run_config(model, config),
-        evaluate=evaluate or validation_metrics(model, spread(split.valid, config.eval_users)),
-        resume=resume,
-        param_names=parameter_names(state.params),
+    loop_config = LoopConfig(
+        num_steps=config.num_epochs * steps_per_epoch,
+        eval_every=config.eval_every * steps_per_epoch,
+        checkpoint_every=config.checkpoint_every,
+        patience=config.patience,
+        monitor=config.monitor,
+        keep=config.keep,
     )
+    with closing(iter(batches)) as iterator:
+        return run_loop(
+            state,
+            step,
+            iterator,
+            config=loop_config,
+            folder=folder,
+            model_config=run_config(model, config),
+            evaluate=evaluate or validation_metrics(model, spread(split.valid, config.eval_users)),
+            resume=resume,
+            param_names=parameter_names(state.params),
+            progress=progress,
+        )
+
+
+def _check_vocabulary(model: Any, split: Split) -> None:
+    rows = model.item_embeddings().shape[0]
+    if rows <= split.train.num_items:
+        raise ValueError(
+            f"the model has {rows - 1} items, the data {split.train.num_items}: higher numbers "
+            "would silently read another row. Build the model with the data's num_items."
+        )
 
 
 def run_config(model: Any, config: TrainConfig) -> dict[str, Any]:
@@ -132,10 +167,5 @@ def spread(eval_set: EvalSet, num_users: int | None) -> EvalSet:
         return eval_set
     rows = np.linspace(0, len(eval_set) - 1, num_users).astype(np.int64)
     histories = eval_set.histories.take(rows, eval_set.histories.lengths[rows])
-    return EvalSet(histories, eval_set.targets[rows])
-
-
-def with_params(model: Any, params: Any) -> Any:
-    """A copy of `model` that holds `params`, such as a state's `eval_params`."""
-    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: x, params), rest)
+    users = None if eval_set.user_index is None else eval_set.user_index[rows]
+    return EvalSet(histories, eval_set.targets[rows], users)
