@@ -1,5 +1,7 @@
 """Dropout, normalisation and the causal filter against their formulas."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +61,7 @@ def test_layer_norm_of_a_constant_row_is_zero():
 
 def naive_filter(x, offsets, taps):
     out = np.zeros(x.shape)
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, end in pairwise(offsets):
         for t in range(start, end):
             for n in range(min(len(taps), t - start + 1)):
                 out[t] += taps[n] * x[t - n]

@@ -1,5 +1,7 @@
 """The op equals the dense formula, in values and gradients, for every packing."""
 
+from itertools import pairwise
+
 import attention_cases as cases
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ attend = jax.jit(softmax_attention, static_argnames=("max_len", "scale"))
 def dense_softmax(xp, q, k, v, offsets, *, scale=None):
     """Softmax attention with the whole [T, T] matrix of scores; `xp` is numpy or jax.numpy."""
     mask = np.zeros((len(q), len(q)), bool)
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, end in pairwise(offsets):
         mask[start:end, start:end] = np.tri(end - start, dtype=bool)
     scores = xp.einsum("thd,shd->hts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = xp.where(mask, scores, -1e300)
