@@ -293,10 +293,11 @@ def _launch_smem(ptx: Path) -> int:
 
 
 def _workloads() -> Iterator[tuple[str, str, Any]]:
-    """(op, workload name, workload) of every op folder."""
+    """(op, workload name, workload) of every op folder that has a kernel."""
     package = importlib.import_module("pallas_kernels")
     for module in pkgutil.iter_modules(package.__path__):
-        if module.ispkg:
+        kernel = f"pallas_kernels.{module.name}.mosaic_gpu"
+        if module.ispkg and importlib.util.find_spec(kernel):
             workloads = importlib.import_module(f"pallas_kernels.{module.name}.workloads")
             for name, workload in workloads.WORKLOADS.items():
                 yield module.name, name, workload

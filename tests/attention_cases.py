@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,13 @@ def offsets_of(lengths) -> np.ndarray:
     return np.cumsum([0, *lengths]).astype(np.int32)
 
 
-def qkv(seed: int, num_tokens: int, heads: int = 2, qk_width: int = 8, v_width: int = 12):
+def qkv(seed: int, num_tokens: int, heads: int = 2, qk_width: int = 8, v_width: int = 12) -> Any:
     rng = np.random.default_rng(seed)
     widths = (qk_width, qk_width, v_width)
     return [rng.normal(size=(num_tokens, heads, width)).astype(np.float32) for width in widths]
 
 
-def on_device(*arrays):
+def on_device(*arrays: Any) -> Any:
     return [jnp.asarray(array) for array in arrays]
 
 

@@ -61,6 +61,10 @@ class HSTUConfig:
         check_choice(self, "compute_dtype", ("float32", "bfloat16"))
 
 
+def _learned(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+
+
 class HSTUBlock(nnx.Module):
     """x + f₂(norm(attention(q, k, v)) ⊙ u), where u, v, q, k = silu(f₁(norm(x)))."""
 
@@ -72,14 +76,9 @@ class HSTUBlock(nnx.Module):
         self.norm = LayerNorm(config.width)
         self.uvqk = Linear(config.width, 2 * heads * (self.qk_width + self.v_width), rngs=rngs)
         self.out = Linear(heads * self.v_width, config.width, rngs=rngs)
-        self.position_bias = nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), (heads, config.max_len))
-        )
-        self.time_bias = nnx.data(None)
-        if config.time_buckets:
-            self.time_bias = nnx.Param(
-                0.02 * jax.random.normal(rngs.params(), (heads, config.time_buckets))
-            )
+        self.position_bias = _learned((heads, config.max_len), rngs)
+        buckets = config.time_buckets
+        self.time_bias = _learned((heads, buckets), rngs) if buckets else None
 
     def __call__(
         self, x: Float[jax.Array, "T D"], batch: JaggedBatch, key: jax.Array | None
@@ -125,10 +124,8 @@ class HSTU(nnx.Module):
             attribute_slots=config.attribute_slots,
             attribute_ids=attribute_ids,
         )
-        self.positions = nnx.data(None)
-        if config.absolute_positions:
-            shape = (config.max_len, config.width)
-            self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+        shape = (config.max_len, config.width)
+        self.positions = _learned(shape, rngs) if config.absolute_positions else None
         self.blocks = nnx.List([HSTUBlock(config, rngs=rngs) for _ in range(config.num_blocks)])
         self.norm = LayerNorm(config.width)
 

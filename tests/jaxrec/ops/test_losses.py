@@ -44,7 +44,7 @@ def dense_full(hidden, table, target_ids):
 def test_full_softmax_and_gradients(max_logits):
     hidden, table, ids = case()
     loss, grads = jax.value_and_grad(
-        lambda h, e: 3 * full_softmax_loss(h, e, ids, max_logits), argnums=(0, 1)
+        lambda h, e: jnp.multiply(3, full_softmax_loss(h, e, ids, max_logits)), argnums=(0, 1)
     )(hidden, table)
     expected, *dense = dense_full(hidden, table, ids)
     np.testing.assert_allclose(loss, 3 * expected, rtol=1e-6)

@@ -1,5 +1,7 @@
 """The op equals the dense formula, in values and gradients, for every mask and bias."""
 
+from typing import Any
+
 import attention_cases as cases
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from pallas_kernels._testing import assert_close
 from pallas_kernels.hstu_attention.ref import time_bucket
 
 STATIC = ("max_len", "alpha", "max_attn_len", "contextual_len", "min_full_attn_len")
-attend = jax.jit(hstu_attention, static_argnames=STATIC)
+attend: Any = jax.jit(hstu_attention, static_argnames=STATIC)
 
 MASKS = [
     {},
@@ -44,7 +46,7 @@ def check(lengths, num_targets, mask_options, *, num_tokens, max_len, seed=0, wi
         bias = biases(seed, num_tokens, max_len=max_len)
     mask = dense_mask(offsets, num_tokens, num_targets=num_targets, **mask_options)
     wide = [x.astype(np.float64) for x in arrays]
-    expected = dense_hstu(np, *wide, mask, scale=1 / max_len, **bias)
+    expected = dense_hstu(np, *wide, mask=mask, scale=1 / max_len, **bias)
     targets = None if num_targets is None else jnp.asarray(num_targets, jnp.int32)
     actual = attend(
         *on_device(*arrays, offsets),
@@ -96,8 +98,8 @@ def test_gradients_equal_the_dense_formulas(max_len):
     offsets, num_tokens = cases.offsets_of(lengths), sum(lengths) + 5
     bias = biases(3, num_tokens, max_len=max_len)
     args = [*qkv(3, num_tokens), bias["position_bias"], bias["time_bias"]]
-    times, options = bias["timestamps"], {"max_attn_len": 9, "contextual_len": 1}
-    options |= {"min_full_attn_len": 2}
+    times = bias["timestamps"]
+    options: Any = {"max_attn_len": 9, "contextual_len": 1, "min_full_attn_len": 2}
     targets = np.array([min(n - 1, 2) if n else 0 for n in lengths], np.int32)
     mask = dense_mask(offsets, num_tokens, num_targets=targets, **options)
 
@@ -174,7 +176,7 @@ def test_scale_alpha_and_no_tokens():
     scales = np.linspace(0.1, 1, 20, dtype=np.float32)
     mask = dense_mask(offsets, 20)
     actual = attend(*on_device(*arrays, offsets), max_len=20, alpha=0.3, attn_scale=scales)
-    expected = dense_hstu(np, *arrays, mask, alpha=0.3, scale=scales[:, None, None])
+    expected = dense_hstu(np, *arrays, mask=mask, alpha=0.3, scale=scales[:, None, None])
     assert_close(actual, expected)
     nothing = [x[:0] for x in arrays]
     assert attend(*on_device(*nothing, cases.offsets_of([0])), max_len=20).shape == (0, 2, 12)
@@ -186,7 +188,7 @@ def test_bf16_inputs_are_summed_in_f32():
     actual = attend(*arrays, jnp.asarray(offsets), max_len=60)
     assert actual.dtype == jnp.bfloat16
     wide = [np.asarray(x).astype(np.float64) for x in arrays]
-    assert_close(actual, dense_hstu(np, *wide, dense_mask(offsets, 64), scale=1 / 60))
+    assert_close(actual, dense_hstu(np, *wide, mask=dense_mask(offsets, 64), scale=1 / 60))
 
 
 def test_time_buckets_are_exact_at_every_edge():

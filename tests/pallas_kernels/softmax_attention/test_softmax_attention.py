@@ -1,5 +1,8 @@
 """The op equals the dense formula, in values and gradients, for every packing."""
 
+from itertools import pairwise
+from typing import Any
+
 import attention_cases as cases
 import jax
 import jax.numpy as jnp
@@ -13,13 +16,13 @@ from jax.test_util import check_grads
 from pallas_kernels import BackendError, softmax_attention
 from pallas_kernels._testing import assert_close
 
-attend = jax.jit(softmax_attention, static_argnames=("max_len", "scale"))
+attend: Any = jax.jit(softmax_attention, static_argnames=("max_len", "scale"))
 
 
 def dense_softmax(xp, q, k, v, offsets, *, scale=None):
     """Softmax attention with the whole [T, T] matrix of scores; `xp` is numpy or jax.numpy."""
     mask = np.zeros((len(q), len(q)), bool)
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, end in pairwise(offsets):
         mask[start:end, start:end] = np.tri(end - start, dtype=bool)
     scores = xp.einsum("thd,shd->hts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = xp.where(mask, scores, -1e300)
@@ -31,7 +34,7 @@ def dense_softmax(xp, q, k, v, offsets, *, scale=None):
 def check(lengths, *, num_tokens, max_len, seed=0):
     offsets = cases.offsets_of(lengths)
     q, k, v = qkv(seed, num_tokens)
-    expected = dense_softmax(np, *(x.astype(np.float64) for x in (q, k, v)), offsets)
+    expected = dense_softmax(np, *(x.astype(np.float64) for x in (q, k, v)), offsets=offsets)
     actual = attend(*on_device(q, k, v, offsets), max_len=max_len)
     assert_close(actual, expected, dtype="float32")
     assert not np.asarray(actual[offsets[-1] :]).any()
@@ -55,7 +58,7 @@ def test_large_scores_are_stable():
     offsets = cases.offsets_of([40, 3])
     q, k, v = qkv(1, 43)
     actual = np.asarray(attend(*on_device(q * 1e4, k * 1e4, v, offsets), max_len=40))
-    hard = dense_softmax(np, *(x.astype(np.float64) for x in (q, k, v)), offsets, scale=1e6)
+    hard = dense_softmax(np, *(x.astype(np.float64) for x in (q, k, v)), offsets=offsets, scale=1e6)
     np.testing.assert_allclose(actual, hard, atol=1e-5)
 
 
@@ -71,7 +74,9 @@ def test_gradients_equal_the_dense_formulas(max_len):
     actual = jax.jit(jax.grad(lambda *xs: cases.weighted_sum(op(*xs)), argnums=(0, 1, 2)))(
         *on_device(*args)
     )
-    dense = cases.gradients64(lambda *xs: dense_softmax(jnp, *xs, offsets, scale=0.4), *args)
+    dense = cases.gradients64(
+        lambda *xs: dense_softmax(jnp, *xs, offsets=offsets, scale=0.4), *args
+    )
     for grad, expected in zip(actual, dense, strict=True):
         np.testing.assert_allclose(grad, expected, atol=1e-5 * np.abs(expected).max())
         assert not np.asarray(grad[offsets[-1] :]).any()
@@ -91,7 +96,7 @@ def test_gradients_are_zero_where_nothing_is_attended():
     def loss(q, k, v):
         return cases.weighted_sum(softmax_attention(q, k, v, offsets, max_len=20))
 
-    for grad in jax.grad(loss, argnums=(0, 1, 2))(q, k, v):
+    for grad in jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v):
         assert not np.asarray(grad).any()
 
 
@@ -116,14 +121,14 @@ def test_bf16_inputs_are_summed_in_f32():
     actual = attend(*arrays, jnp.asarray(offsets), max_len=60)
     wide = [np.asarray(x).astype(np.float64) for x in arrays]
     assert actual.dtype == jnp.bfloat16
-    assert_close(actual, dense_softmax(np, *wide, offsets))
+    assert_close(actual, dense_softmax(np, *wide, offsets=offsets))
 
     def loss(*xs):
         out = softmax_attention(*xs, jnp.asarray(offsets), max_len=60)
         return cases.weighted_sum(out.astype(jnp.float32))
 
-    grads = jax.grad(loss, argnums=(0, 1, 2))(*arrays)
-    dense = cases.gradients64(lambda *xs: dense_softmax(jnp, *xs, offsets), *wide)
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
+    dense = cases.gradients64(lambda *xs: dense_softmax(jnp, *xs, offsets=offsets), *wide)
     for grad, expected in zip(grads, dense, strict=True):
         assert grad.dtype == jnp.bfloat16
         error = np.asarray(grad).astype(np.float64) - expected
