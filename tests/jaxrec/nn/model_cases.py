@@ -46,8 +46,9 @@ EVERY = SASREC | HSTUS | HALVES
 
 
 def build(config, seed=0):
-    model = SASRec if isinstance(config, SASRecConfig) else HSTU
-    return model(config, rngs=nnx.Rngs(seed))
+    if isinstance(config, SASRecConfig):
+        return SASRec(config, rngs=nnx.Rngs(seed))
+    return HSTU(config, rngs=nnx.Rngs(seed))
 
 
 def encoder(config):

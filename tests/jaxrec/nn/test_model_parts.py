@@ -88,6 +88,7 @@ def test_low_pass_taps_are_the_inverse_transform_of_the_kept_band(max_len, cutof
 def test_linear_computes_in_the_dtype_of_its_input():
     linear = Linear(3, 2, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
+    assert linear.bias is not None
     linear.bias[...] = jnp.asarray([1.0, -2.0])
     expected = x @ np.asarray(linear.kernel[...]) + [1, -2]
     np.testing.assert_allclose(linear(jnp.asarray(x)), expected, atol=1e-6)

@@ -121,7 +121,8 @@ def test_bf16_inputs_are_summed_in_f32():
     actual = attend(*arrays, jnp.asarray(offsets), max_len=60)
     wide = [np.asarray(x).astype(np.float64) for x in arrays]
     assert actual.dtype == jnp.bfloat16
-    assert_close(actual, dense_softmax(np, *wide, offsets=offsets))
+    q, k, v = wide
+    assert_close(actual, dense_softmax(np, q, k, v, offsets=offsets))
 
     def loss(*xs):
         out = softmax_attention(*xs, jnp.asarray(offsets), max_len=60)
