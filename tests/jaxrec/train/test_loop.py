@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -308,7 +310,7 @@ def test_batches_that_end_end_the_run(tmp_path):
 )
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}"):
-        LoopConfig(**{"num_steps": 1} | {field: value})
+        replace(CONFIG, **{field: value})
 
 
 def test_log_tolerates_a_cut_last_line_and_drops_later_steps(tmp_path):
@@ -345,7 +347,8 @@ def test_lines_that_cannot_be_written_follow_later(tmp_path):
             written.append(data[:10])
             return len(written[-1])
 
-    file, log._file = log._file, FullDisk()
+    full: Any = FullDisk()
+    file, log._file = log._file, full
     with pytest.warns(UserWarning, match=r"log\.jsonl lags behind"):
         log.write(1, "train", {"loss": 1.0})
     file.write(written[0])

@@ -122,12 +122,12 @@ def test_update_that_would_overflow_is_not_applied():
     tx = optax.scale(-3e38)
     state = init_state(parts.model, tx, seed=0)
     step = make_step(parts.model, tx, loss=LossConfig(), schedule=lambda _: 1.0)
-    batch, before = next(parts.batches), leaves(state.params)
+    batch = next(parts.batches)
+    state, metrics = step(state, batch)
     for _ in range(40):  # finite gradients; the weights grow until the next update overflows
         state, metrics = step(state, batch)
     assert all(np.isfinite(leaf).all() for leaf in leaves(state.params))
     assert int(metrics.nonfinite) >= 0
-    assert len(before) == len(leaves(state.params))
 
 
 def test_losses_are_those_of_their_names():
@@ -190,14 +190,18 @@ def test_settings_out_of_range_are_refused(make, message):
         make()
 
 
+def rates(schedule, *steps):
+    return [float(jnp.asarray(schedule(step))) for step in steps]
+
+
 def test_schedules_at_their_corners():
     constant = make_schedule(OptimizerConfig(learning_rate=0.5))
-    assert float(constant(0)) == float(constant(1000)) == 0.5
+    assert rates(constant, 0, 1000) == [0.5, 0.5]
     warm = make_schedule(OptimizerConfig(learning_rate=0.5, warmup_steps=10))
-    assert [float(warm(s)) for s in (0, 5, 10, 99)] == [0, 0.25, 0.5, 0.5]
+    assert rates(warm, 0, 5, 10, 99) == [0, 0.25, 0.5, 0.5]
     config = OptimizerConfig(learning_rate=0.5, warmup_steps=10, decay_steps=20, final_fraction=0.2)
     cosine = make_schedule(config)
-    np.testing.assert_allclose([cosine(s) for s in (0, 10, 20, 30, 99)], [0, 0.5, 0.3, 0.1, 0.1])
+    np.testing.assert_allclose(rates(cosine, 0, 10, 20, 30, 99), [0, 0.5, 0.3, 0.1, 0.1])
 
 
 def test_clipping_and_weight_decay_are_applied():
@@ -209,4 +213,4 @@ def test_clipping_and_weight_decay_are_applied():
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     np.testing.assert_allclose(moments[0], np.full(4, 0.5), rtol=1e-6)  # norm 200 → 1
     updates, _ = plain.update(grads, plain.init(params), params)
-    np.testing.assert_allclose(updates["w"], np.full(4, -(1 + 0.25 * 2.0)), rtol=1e-5)
+    np.testing.assert_allclose(leaves(updates)[0], np.full(4, -(1 + 0.25 * 2.0)), rtol=1e-5)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ def sasrec():
     return SASRec(config, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_sasrec_is_trained_and_resumed(tmp_path):
     model, split = sasrec(), tiny_split()
     first = train(model, split, config=CONFIG, folder=tmp_path, progress=Progress())
@@ -58,4 +61,4 @@ def test_model_with_too_few_items_is_refused(tmp_path):
 @pytest.mark.parametrize("field", ["num_epochs", "eval_every", "eval_users"])
 def test_settings_out_of_range_are_refused(field):
     with pytest.raises(ValueError, match=f"{field} is 0"):
-        TrainConfig(**{field: 0})
+        replace(CONFIG, **{field: 0})

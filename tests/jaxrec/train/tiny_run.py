@@ -8,6 +8,7 @@ import os
 import signal
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,11 @@ def compiled_parts(config, loss, ema_decay):
 class Parts:
     """All that `run_loop` needs, made from a seed."""
 
-    def __init__(self, seed=0, *, optimizer=None, loss=None, ema_decay=0.9, prefetch=0):
+    batches: Any
+
+    def __init__(
+        self, seed=0, *, optimizer=None, loss=None, ema_decay: float | None = 0.9, prefetch=0
+    ):
         config = optimizer or OptimizerConfig(learning_rate=0.01, warmup_steps=3)
         compiled = compiled_parts(config, loss or LossConfig(), ema_decay)
         self.split, self.model, self.optimizer, self.step, self.evaluate = compiled
@@ -147,6 +152,7 @@ def main():
     config = LoopConfig(num_steps=40, eval_every=8, checkpoint_every=3, log_every=5, keep=2)
     result = Parts(prefetch=2).run(options.folder, config, put_batch=put_batch)
     leaves = {f"state{i}": leaf for i, leaf in enumerate(jax.tree.leaves(result.state))}
+    assert result.best_step is not None
     best = {f"best{i}": leaf for i, leaf in enumerate(jax.tree.leaves(result.best_state))}
     np.savez(options.output, step=result.best_step, why=result.stopped_because, **leaves, **best)
 
