@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Float, Int
 
+from jaxrec.data import PopularitySampler, UniformSampler
 from jaxrec.functional import copy_params, leaf_names, split_params
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.ops.losses import (
@@ -18,6 +19,8 @@ from jaxrec.ops.losses import (
     sampled_softmax_loss,
 )
 from jaxrec.typing import PADDING_ID, PyTree
+
+type Sampler = UniformSampler | PopularitySampler
 
 
 class TrainState(NamedTuple):
@@ -68,7 +71,9 @@ class LossConfig:
 
     Attributes:
       name: "full" softmax, "sampled" softmax or "gbce".
-      num_negatives: items drawn (uniformly, shared by the batch unless `per_target`).
+      num_negatives: items drawn, shared by the batch unless `per_target`.
+      negatives: "uniform", or "popularity" (count + 1) ** 0.75; the sampled softmax corrects for
+        either.
       per_target: draws negatives for every target on its own.
       temperature: scores are divided by it.
       calibration: gBCE's t.
@@ -76,6 +81,7 @@ class LossConfig:
 
     name: Literal["full", "sampled", "gbce"] = "full"
     num_negatives: int = 256
+    negatives: Literal["uniform", "popularity"] = "uniform"
     per_target: bool = False
     temperature: float = 1.0
     calibration: float = 0.75
@@ -83,6 +89,10 @@ class LossConfig:
     def __post_init__(self):
         if self.name not in ("full", "sampled", "gbce"):
             raise ValueError(f"unknown loss {self.name!r}; expected full, sampled or gbce")
+        if self.negatives not in ("uniform", "popularity"):
+            raise ValueError(
+                f"unknown negatives {self.negatives!r}; expected uniform or popularity"
+            )
         if self.num_negatives < 1:
             raise ValueError(f"num_negatives is {self.num_negatives}; expected at least 1")
         if not self.temperature > 0:
@@ -97,17 +107,19 @@ def target_loss(
     table: Float[jax.Array, "V D"],
     target_ids: Int[jax.Array, "M"],
     key: jax.Array,
+    sampler: Sampler,
 ) -> Float[jax.Array, ""]:
-    """The configured loss, its negatives drawn from `key`."""
+    """The configured loss, its negatives drawn by `sampler`."""
     hidden = hidden / config.temperature
     if config.name == "full":
         return full_softmax_loss(hidden, table, target_ids)
     shape = (config.num_negatives,)
     if config.per_target:
         shape = (target_ids.shape[0], *shape)
-    negatives = jax.random.randint(key, shape, 1, table.shape[0], jnp.int32)
+    negatives = sampler.draw(key, shape)
     if config.name == "sampled":
-        return sampled_softmax_loss(hidden, table, target_ids, negatives)
+        log_q = jnp.asarray(sampler.log_q)
+        return sampled_softmax_loss(hidden, table, target_ids, negatives, log_q=log_q)
     return gbce_loss(hidden, table, target_ids, negatives, calibration=config.calibration)
 
 
@@ -137,12 +149,16 @@ def make_step(
     loss: LossConfig,
     schedule: optax.Schedule,
     ema_decay: float | None = None,
+    sampler: Sampler | None = None,
 ) -> TrainStep:
     """Builds the jitted step of `model` (anything with `encode` and `item_embeddings`).
 
     The state is donated: use the returned one. `ema_decay` must be that of `init_state`.
+    `sampler` draws the negatives; None draws them uniformly.
     """
     _check_decay(ema_decay)
+    num_items = jax.eval_shape(model.item_embeddings).shape[0] - 1  # pyright: ignore
+    drawn = UniformSampler.create(num_items) if sampler is None else sampler
     rebuild, _ = split_params(model)
 
     def batch_loss(params: PyTree, batch: JaggedBatch, key: jax.Array) -> jax.Array:
@@ -150,7 +166,8 @@ def make_step(
         dropout_key, negatives_key = jax.random.split(key)
         hidden = module.encode(batch, key=dropout_key)[batch.target_positions]
         table = module.item_embeddings().astype(hidden.dtype)
-        return target_loss(loss, hidden, table, jnp.asarray(batch.target_ids), negatives_key)
+        target_ids = jnp.asarray(batch.target_ids)
+        return target_loss(loss, hidden, table, target_ids, negatives_key, drawn)
 
     def step(state: TrainState, batch: JaggedBatch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="rbg"), state.step)

@@ -8,12 +8,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxrec.data import EvalSet, Split, training_batches
+from jaxrec.data import EvalSet, PopularitySampler, Split, item_counts, training_batches
 from jaxrec.train.evaluate import evaluate_ranking, make_rank_fn
 from jaxrec.train.loop import LoopConfig, LoopResult, run_loop
 from jaxrec.train.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxrec.train.progress import Progress
-from jaxrec.train.step import LossConfig, TrainState, init_state, make_step, parameter_names
+from jaxrec.train.step import (
+    LossConfig,
+    Sampler,
+    TrainState,
+    init_state,
+    make_step,
+    parameter_names,
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ def train(
         loss=config.loss,
         schedule=make_schedule(config.optimizer),
         ema_decay=config.ema_decay,
+        sampler=_sampler(config.loss, split),
     )
     steps_per_epoch = batches.num_batches_per_epoch
     loop_config = LoopConfig(
@@ -132,6 +140,12 @@ def train(
             param_names=parameter_names(state.params),
             progress=progress,
         )
+
+
+def _sampler(loss: LossConfig, split: Split) -> Sampler | None:
+    if loss.negatives == "popularity":
+        return PopularitySampler.from_counts(item_counts(split.train))
+    return None
 
 
 def _check_vocabulary(model: Any, split: Split) -> None:

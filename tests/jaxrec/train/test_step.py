@@ -1,12 +1,24 @@
+from tempfile import TemporaryDirectory
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_run import Parts, tiny_model
+from tiny_run import Parts, tiny_model, tiny_split
 
+from jaxrec.data import UniformSampler
 from jaxrec.ops.losses import full_softmax_loss, gbce_loss, sampled_softmax_loss
-from jaxrec.train import LossConfig, OptimizerConfig, init_state, make_optimizer, make_schedule
+from jaxrec.train import (
+    LossConfig,
+    OptimizerConfig,
+    Progress,
+    TrainConfig,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    train,
+)
 from jaxrec.train.step import first_nonfinite, make_step, parameter_names, target_loss
 
 
@@ -130,18 +142,39 @@ def test_update_that_would_overflow_is_not_applied():
     assert int(metrics.nonfinite) >= 0
 
 
+SAMPLER = UniformSampler.create(10)
+
+
+def test_popular_negatives_train_as_well():
+    model, split = tiny_model(), tiny_split()
+    config = TrainConfig(
+        token_budget=64,
+        max_sequences=16,
+        num_epochs=1,
+        loss=LossConfig("sampled", num_negatives=8, negatives="popularity"),
+    )
+    with TemporaryDirectory() as folder:
+        result = train(model, split, config=config, folder=folder, progress=Progress())
+    assert result.stopped_because == "done"
+    with pytest.raises(ValueError, match="unknown negatives 'rare'"):
+        LossConfig(negatives="rare")  # pyright: ignore[reportArgumentType]
+
+
 def test_losses_are_those_of_their_names():
     keys = jax.random.split(jax.random.key(0), 3)
     hidden, table = jax.random.normal(keys[0], (5, 4)), jax.random.normal(keys[1], (11, 4))
     targets = jnp.array([3, 1, 10, 0, 7])
-    full = target_loss(LossConfig(temperature=2.0), hidden, table, targets, keys[2])
+    full = target_loss(LossConfig(temperature=2.0), hidden, table, targets, keys[2], SAMPLER)
     np.testing.assert_allclose(full, full_softmax_loss(hidden / 2, table, targets), rtol=1e-6)
     negatives = jax.random.randint(keys[2], (6,), 1, 11, jnp.int32)
-    sampled = target_loss(LossConfig("sampled", 6), hidden, table, targets, keys[2])
-    expected = sampled_softmax_loss(hidden, table, targets, negatives)
+    sampled = target_loss(LossConfig("sampled", 6), hidden, table, targets, keys[2], SAMPLER)
+    expected = sampled_softmax_loss(
+        hidden, table, targets, negatives, log_q=jnp.asarray(SAMPLER.log_q)
+    )
     np.testing.assert_allclose(sampled, expected, rtol=1e-6)
     each = jax.random.randint(keys[2], (5, 6), 1, 11, jnp.int32)
-    gbce = target_loss(LossConfig("gbce", 6, per_target=True), hidden, table, targets, keys[2])
+    config = LossConfig("gbce", 6, per_target=True)
+    gbce = target_loss(config, hidden, table, targets, keys[2], SAMPLER)
     expected = gbce_loss(hidden, table, targets, each, calibration=0.75)
     np.testing.assert_allclose(gbce, expected, rtol=1e-6)
 

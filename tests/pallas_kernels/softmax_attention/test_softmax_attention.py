@@ -124,8 +124,8 @@ def test_bf16_inputs_are_summed_in_f32():
     q, k, v = wide
     assert_close(actual, dense_softmax(np, q, k, v, offsets=offsets))
 
-    def loss(*xs):
-        out = softmax_attention(*xs, jnp.asarray(offsets), max_len=60)
+    def loss(q, k, v):
+        out = softmax_attention(q, k, v, jnp.asarray(offsets), max_len=60)
         return cases.weighted_sum(out.astype(jnp.float32))
 
     grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
