@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -227,14 +228,14 @@ def choose_filters(attributes: ItemAttributes) -> list[str | None]:
         for row in rows
         for value in row
     )
-    terms = {
-        share: min(counts, key=lambda term: abs(np.log(counts[term] / num_items / share)))
-        for share in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
-    }
-    text = {share: f'{feature}:"{value}"' for share, (feature, value) in terms.items()}
-    filters = [None, f"NOT {text[0.1]}", text[0.5], text[0.2], f"{text[0.1]} OR {text[0.05]}"]
-    filters += [text[0.1], f"{text[0.2]} AND NOT {text[0.05]}", text[0.05], text[0.02]]
-    filters += [text[0.01], text[0.005]]
+    terms = []  # one for every share, the value that comes closest to it
+    for share in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005):
+        nearest = min(counts, key=lambda term: abs(np.log(counts[term] / num_items / share)))
+        terms.append(f'{nearest[0]}:"{nearest[1]}"')
+    terms = list(dict.fromkeys(terms))
+    filters = [None, f"NOT {terms[-1]}", *terms]
+    filters += [f"{a} OR {b}" for a, b in pairwise(terms[2:5])]
+    filters += [f"{a} AND NOT {b}" for a, b in pairwise(terms[:2])]
     return list(dict.fromkeys(filters))
 
 
@@ -251,11 +252,16 @@ def query_batch(retriever: Retriever, questions: EvalSet, num_queries: int = NUM
     )
 
 
+def num_results(retriever: Retriever) -> int:
+    """K, or all items of a smaller catalogue."""
+    return min(K, retriever.bloom.num_items, retriever.ivf.num_items)
+
+
 def recall(found: SearchResult, truth: np.ndarray) -> float:
     """Part of the true best items [Q, K] (-1: none left) that was found; 1 if there are none."""
-    ids = np.asarray(found.ids)
-    hits = (truth[:, :, None] == ids[:, None, :]).any(axis=2) & (truth > 0)
-    return float(hits.sum() / max(1, (truth > 0).sum()))
+    wanted = truth > 0
+    hits = (truth[:, :, None] == np.asarray(found.ids)[:, None, :]).any(axis=2) & wanted
+    return float(hits.sum() / wanted.sum()) if wanted.any() else 1.0
 
 
 def brute_force(queries: np.ndarray, table: np.ndarray, eligible: np.ndarray) -> np.ndarray:
@@ -285,7 +291,8 @@ def measure_filters(
         eligible = eligible_items(retriever, text)
         truth = brute_force(queries, table, eligible)
         plan = retriever.compile([text] * len(queries))
-        found = retriever(batch, plan, k=K)
+        k = num_results(retriever)
+        found, exact = retriever(batch, plan, k=k), retriever(batch, plan, k=k, exact=True)
         rows.append(
             {
                 "filter": text or "everything",
@@ -293,7 +300,7 @@ def measure_filters(
                 "selectivity": f"{100 * len(eligible) / (len(table) - 1):.2f} %",
                 "results": int(np.asarray(found.filled).mean()),
                 f"recall@{K}": recall(found, truth),
-                "with exact": recall(retriever(batch, plan, k=K, exact=True), truth),
+                "with exact": recall(exact, truth),
             }
         )
     return sorted(rows, key=lambda row: -row["eligible"])
@@ -309,13 +316,12 @@ def measure_probes(retriever: Retriever, questions: EvalSet) -> list[dict[str, A
     """Recall of the bare index, without a filter, by the number of probed lists."""
     queries, table = tower_outputs(retriever, query_batch(retriever, questions))
     truth = brute_force(queries, table, np.arange(1, len(table)))
-    ivf = retriever.ivf
-    nlist = retriever.ivf.nlist
-    probes = sorted({1, 2, 4, 8, 16, 32, 64, retriever.nprobe, nlist})
+    ivf, k = retriever.ivf, num_results(retriever)
+    probes = sorted({1, 2, 4, 8, 16, 32, 64, retriever.nprobe, ivf.nlist})
     return [
-        {"nprobe": n, "recall": recall(ivf.search(queries, k=K, nprobe=n), truth)}
+        {"nprobe": n, "recall": recall(ivf.search(queries, k=k, nprobe=n), truth)}
         for n in probes
-        if n <= nlist
+        if n <= ivf.nlist
     ]
 
 

@@ -36,6 +36,7 @@ class TrainSequence:
       data: the dataset folder, if it is not where the setting expects it.
       folder: where runs are kept.
       num_epochs: instead of the setting's, for a quick look.
+      results: where the result is recorded.
       scratch: records the result of a source tree with uncommitted changes, marked as such.
       list: prints the names of the settings.
     """
@@ -44,6 +45,7 @@ class TrainSequence:
     seeds: tuple[int, ...] = (0,)
     data: Path | None = None
     folder: Path = Path("runs")
+    results: Path = record.RESULTS
     num_epochs: int | None = None
     scratch: bool = False
     list: Annotated[bool, tyro.conf.arg(name="list")] = False
@@ -132,6 +134,7 @@ def main(config: TrainSequence) -> None:
         published=[str(figure) for figure in setting.published],
         wall_s=time.monotonic() - started,
         scratch=config.scratch,
+        folder=config.results,
     )
     show(config, setting, runs)
     print(f"recorded in {path}")

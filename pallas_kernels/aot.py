@@ -120,7 +120,8 @@ class Report:
 @functools.cache
 def aot_available() -> str | None:
     """None where `compile_for_h200` works, else what is missing."""
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    plugins = importlib.util.find_spec("jax_plugins")  # a child of a missing package would raise
+    if plugins is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
         return "JAX's CUDA plugin is not installed; run: uv sync --group aot"
     if missing := [tool for tool in ("ptxas", "cuobjdump") if _tool(tool) is None]:
         return f"no {' or '.join(missing)} found; run: uv sync --group aot"

@@ -91,6 +91,7 @@ class ItemEmbedding(nnx.Module):
         if self.attribute_table is None or self.attribute_ids is None:
             return rows
         ids = self.attribute_ids[...][items]
-        present = ids != PADDING_ID
-        found = jnp.where(present[..., None], self.attribute_table[...][ids], 0)
-        return rows + found.sum(-2) / jnp.maximum(present.sum(-1, keepdims=True), 1)
+        table = self.attribute_table[...].at[PADDING_ID].set(0)
+        # Slot by slot, so that the sum is one pass: no array of all slots' rows exists.
+        total = sum((table[ids[..., slot]] for slot in range(1, ids.shape[-1])), table[ids[..., 0]])
+        return rows + total / jnp.maximum((ids != PADDING_ID).sum(-1, keepdims=True), 1)

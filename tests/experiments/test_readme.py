@@ -1,0 +1,17 @@
+from pathlib import Path
+
+from experiments import record, report
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_readme_shows_the_recorded_results():
+    text = README.read_text()
+    assert report.fill_sections(text) == text, "run `python -m experiments.report`"
+
+
+def test_every_result_was_recorded_from_a_clean_tree():
+    for folder in record.RESULTS.iterdir():
+        for result in record.read_all(folder.name) if folder.is_dir() else []:
+            assert not result["git"]["dirty"], result["experiment"]
+            assert result["measurements"], result["experiment"]
