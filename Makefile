@@ -28,8 +28,8 @@ aot: $(UV_HOME)/ready  ## compile every kernel for an H200, without one
 bench: .setup
 	$(RUN) python -m experiments.bench_bloom
 
-gpu: ## on a machine with a GPU and its own Python packages: tests, then benchmarks
-	python3 -m pytest -p no:cacheprovider -m gpu
+gpu:  ## with a GPU and the machine's own Python packages: tests, then benchmarks
+	python3 -m pytest tests/pallas_kernels -m gpu -o addopts="-ra" -p no:cacheprovider
 	python3 -m experiments.bench_bloom
 
 .setup: $(UV_HOME)/ready
