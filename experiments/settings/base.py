@@ -20,7 +20,7 @@ from jaxrec.data import (
 )
 from jaxrec.data.splits import SplitReport
 from jaxrec.nn import HSTU, HSTUConfig, SASRec, SASRecConfig
-from jaxrec.train import TrainConfig
+from jaxrec.train import OptimizerConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,35 @@ class Setting:
     attributes: bool = False
     min_count: int = 1
     published: tuple[Published, ...] = ()
+
+
+SMALL_CATALOGUE = TrainConfig(
+    token_budget=1024,
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+    ema_decay=0.999,
+    num_epochs=40,
+    eval_users=8192,
+    patience=5,
+)
+"""Training for catalogues of some ten thousand items and short histories."""
+
+
+def sasrec(data: Path, *published: Published) -> Setting:
+    """SASRec as it is known: attention only, item numbers only, full softmax."""
+    model = SASRecConfig(num_items=1, max_len=50, width=64, num_blocks=2, dropout=0.5)
+    return Setting(data, model, SMALL_CATALOGUE, published=published)
+
+
+def hstu(data: Path, *published: Published) -> Setting:
+    """HSTU with the width, depth and loss of `sasrec`."""
+    model = HSTUConfig(num_items=1, max_len=50, width=64, num_blocks=2, dropout=0.5)
+    return Setting(data, model, SMALL_CATALOGUE, published=published)
+
+
+def filtered(data: Path, *published: Published, attributes: bool) -> Setting:
+    """`sasrec` with a causal frequency filter beside attention, and the items' attributes."""
+    model = SASRecConfig(num_items=1, max_len=50, width=64, dropout=0.5, filter_share=0.7)
+    return Setting(data, model, SMALL_CATALOGUE, attributes=attributes, published=published)
 
 
 def load_split(folder: Path, *, min_count: int = 1) -> tuple[Dataset, Split]:

@@ -6,63 +6,31 @@ published figures do not all say whether they filter the history.
 
 from pathlib import Path
 
+from experiments.settings import base
 from experiments.settings.base import Published, Setting
-from jaxrec.nn import HSTUConfig, SASRecConfig
-from jaxrec.train import OptimizerConfig, TrainConfig
 
 DATA = Path("../shared/data/amazon-toys")
-TRAIN = TrainConfig(
-    token_budget=1024,
-    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
-    ema_decay=0.999,
-    num_epochs=40,
-    eval_users=8192,
-    patience=5,
+LEADERS = (
+    Published("eSASRec study, SASRec + sampled softmax", 0.0970, 0.0580),
+    Published("eSASRec study, eSASRec", 0.0939, 0.0538),
 )
 
 
 def sasrec() -> Setting:
-    """SASRec as it is known: attention only, item numbers only, full softmax."""
-    return Setting(
-        DATA,
-        SASRecConfig(num_items=1, max_len=50, width=64, num_blocks=2, dropout=0.5),
-        TRAIN,
-        published=(),
-    )
+    """See `base.sasrec`."""
+    return base.sasrec(DATA)
 
 
 def hstu() -> Setting:
-    """HSTU with the same width, depth and loss."""
-    return Setting(
-        DATA,
-        HSTUConfig(num_items=1, max_len=50, width=64, num_blocks=2, dropout=0.5),
-        TRAIN,
-        published=(Published("eSASRec study, HSTU", 0.0778, 0.0450),),
-    )
+    """See `base.hstu`."""
+    return base.hstu(DATA, Published("eSASRec study, HSTU", 0.0778, 0.0450))
 
 
 def filter() -> Setting:
-    """A causal frequency filter beside attention; item numbers only."""
-    return Setting(
-        DATA,
-        SASRecConfig(num_items=1, max_len=50, width=64, dropout=0.5, filter_share=0.7),
-        TRAIN,
-        published=(
-            Published("eSASRec study, SASRec + sampled softmax", 0.0970, 0.0580),
-            Published("eSASRec study, eSASRec", 0.0939, 0.0538),
-        ),
-    )
+    """See `base.filtered`; item numbers only."""
+    return base.filtered(DATA, *LEADERS, attributes=False)
 
 
 def best() -> Setting:
-    """The filter, and items embedded with their attributes."""
-    return Setting(
-        DATA,
-        SASRecConfig(num_items=1, max_len=50, width=64, dropout=0.5, filter_share=0.7),
-        TRAIN,
-        attributes=True,
-        published=(
-            Published("eSASRec study, SASRec + sampled softmax", 0.0970, 0.0580),
-            Published("eSASRec study, eSASRec", 0.0939, 0.0538),
-        ),
-    )
+    """See `base.filtered`; with the items' attributes."""
+    return base.filtered(DATA, *LEADERS, attributes=True)

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels.hstu_attention.workloads import WORKLOADS
+from pallas_kernels.softmax_attention.workloads import WORKLOADS as SOFTMAX_WORKLOADS
 
 
-def test_arrays_have_the_announced_shapes():
-    workload = WORKLOADS["tiny"]
+@pytest.mark.parametrize("workloads", [WORKLOADS, SOFTMAX_WORKLOADS], ids=["hstu", "softmax"])
+def test_arrays_have_the_announced_shapes(workloads):
+    workload = workloads["tiny"]
     arrays = workload.arrays(0)
     for array, shape, again in zip(arrays, workload.shapes(), workload.arrays(0), strict=True):
         assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
