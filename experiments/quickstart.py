@@ -8,8 +8,6 @@ filtered retriever, answers queries, and writes `<folder>/report.html`. Stop it 
 same command goes on from there. About two minutes on two CPU cores.
 """
 
-import json
-import os
 import subprocess
 import sys
 import time
@@ -24,7 +22,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments import report
+from experiments import record, report
 from jaxrec.data import (
     Dataset,
     EvalSet,
@@ -38,7 +36,14 @@ from jaxrec.data import (
 )
 from jaxrec.nn import SASRec, SASRecConfig
 from jaxrec.ops.metrics import ranking_metrics
-from jaxrec.retrieval import Retriever, SearchResult, load_retriever, publish, unpack_mask
+from jaxrec.retrieval import (
+    Retriever,
+    brute_force,
+    load_retriever,
+    publish,
+    recall,
+    unpack_mask,
+)
 from jaxrec.train import (
     CheckpointStore,
     OptimizerConfig,
@@ -128,7 +133,7 @@ def train_stage(config: Quickstart) -> None:
         make_rank_fn(model), result.best_state.eval_params, split.test, max_len=model.config.max_len
     )
     popular = ranking_metrics(popularity_ranks(item_counts(split.train), split.test))
-    write_json(
+    record.write_json(
         config.run_folder / "accuracy.json",
         {
             "sasrec": metrics,
@@ -176,7 +181,7 @@ def serve_stage(config: Quickstart) -> None:
     answers = example_answers(retriever, split.test, filters, attributes)
     report.print_table("Filtered queries", answers)
     report.print_table(f"recall@{K} against exact search", by_filter)
-    write_json(
+    record.write_json(
         config.run_folder / "retrieval.json",
         {
             "filters": by_filter,
@@ -257,22 +262,6 @@ def num_results(retriever: Retriever) -> int:
     return min(K, retriever.bloom.num_items, retriever.ivf.num_items)
 
 
-def recall(found: SearchResult, truth: np.ndarray) -> float:
-    """Part of the true best items [Q, K] (-1: none left) that was found; 1 if there are none."""
-    wanted = truth > 0
-    hits = (truth[:, :, None] == np.asarray(found.ids)[:, None, :]).any(axis=2) & wanted
-    return float(hits.sum() / wanted.sum()) if wanted.any() else 1.0
-
-
-def brute_force(queries: np.ndarray, table: np.ndarray, eligible: np.ndarray) -> np.ndarray:
-    """The K best of the eligible items for each query, by NumPy; -1 where there are fewer."""
-    best = np.full((len(queries), K), -1)
-    scores = queries @ table[eligible].T
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :K]
-    best[:, : order.shape[1]] = eligible[order]
-    return best
-
-
 def eligible_items(retriever: Retriever, text: str | None) -> np.ndarray:
     """Numbers of the items that pass a filter."""
     mask = retriever.bloom.search(retriever.compile([text]), exact=True)
@@ -289,7 +278,7 @@ def measure_filters(
     rows = []
     for text in filters:
         eligible = eligible_items(retriever, text)
-        truth = brute_force(queries, table, eligible)
+        truth = brute_force(queries, table, eligible, k=num_results(retriever))
         plan = retriever.compile([text] * len(queries))
         k = num_results(retriever)
         found, exact = retriever(batch, plan, k=k), retriever(batch, plan, k=k, exact=True)
@@ -299,8 +288,8 @@ def measure_filters(
                 "eligible": len(eligible),
                 "selectivity": f"{100 * len(eligible) / (len(table) - 1):.2f} %",
                 "results": int(np.asarray(found.filled).mean()),
-                f"recall@{K}": recall(found, truth),
-                "with exact": recall(exact, truth),
+                f"recall@{K}": recall(found.ids, truth),
+                "with exact": recall(exact.ids, truth),
             }
         )
     return sorted(rows, key=lambda row: -row["eligible"])
@@ -315,11 +304,11 @@ def tower_outputs(retriever: Retriever, batch: Any) -> tuple[np.ndarray, np.ndar
 def measure_probes(retriever: Retriever, questions: EvalSet) -> list[dict[str, Any]]:
     """Recall of the bare index, without a filter, by the number of probed lists."""
     queries, table = tower_outputs(retriever, query_batch(retriever, questions))
-    truth = brute_force(queries, table, np.arange(1, len(table)))
     ivf, k = retriever.ivf, num_results(retriever)
+    truth = brute_force(queries, table, np.arange(1, len(table)), k=k)
     probes = sorted({1, 2, 4, 8, 16, 32, 64, retriever.nprobe, ivf.nlist})
     return [
-        {"nprobe": n, "recall": recall(ivf.search(queries, k=k, nprobe=n), truth)}
+        {"nprobe": n, "recall": recall(ivf.search(queries, k=k, nprobe=n).ids, truth)}
         for n in probes
         if n <= ivf.nlist
     ]
@@ -357,7 +346,10 @@ def describe(item: int, attributes: ItemAttributes) -> str:
 def write_report(config: Quickstart) -> Path:
     """The page that shows the whole run."""
     folder = config.run_folder
-    accuracy, retrieval = read_json(folder / "accuracy.json"), read_json(folder / "retrieval.json")
+    accuracy, retrieval = (
+        record.read_json(folder / "accuracy.json"),
+        record.read_json(folder / "retrieval.json"),
+    )
     return report.write_page(
         folder / "report.html",
         title="jaxrec quickstart",
@@ -433,18 +425,6 @@ def retrieval_figures(retrieval: Mapping[str, Any]) -> str:
     )
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=1))
-    os.replace(scratch, path)
-
-
-def read_json(path: Path) -> Any:
-    """Reads what `write_json` wrote."""
-    return json.loads(path.read_text())
-
-
 def main(config: Quickstart) -> None:
     """Runs the stages."""
     if config.stage == "serve":
@@ -457,7 +437,7 @@ def main(config: Quickstart) -> None:
     subprocess.run(command, check=True)
     page = write_report(config)
     print(f"report: {page}")
-    accuracy = read_json(config.run_folder / "accuracy.json")
+    accuracy = record.read_json(config.run_folder / "accuracy.json")
     models = [("SASRec", accuracy["sasrec"]), ("popularity", accuracy["popularity"])]
     print(" · ".join(f"{n} HR@10 {m['hr@10']:.4f} NDCG@10 {m['ndcg@10']:.4f}" for n, m in models))
 

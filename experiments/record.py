@@ -76,7 +76,7 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     while path.exists():
         path = path.with_stem(path.stem + "x")
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, result)
     return path
 
 
@@ -136,4 +136,16 @@ def describe_data(name: str, *paths: Path) -> dict[str, str]:
 def read_all(experiment: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All results of an experiment, oldest first."""
     paths = sorted((folder / experiment).glob("*.json"))
-    return [json.loads(path.read_text()) for path in paths]
+    return [read_json(path) for path in paths]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file whole or not at all."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    scratch.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads what `write_json` wrote."""
+    return json.loads(path.read_text())

@@ -6,6 +6,7 @@ from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
 from jaxrec.retrieval.masks import unpack_mask
 from jaxrec.retrieval.plan import FilterPlan
 from jaxrec.retrieval.publish import PublishError, load_retriever, publish, save_retriever
+from jaxrec.retrieval.quality import brute_force, recall
 from jaxrec.retrieval.retriever import IndexState, Retriever
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "PublishError",
     "Retriever",
     "SearchResult",
+    "brute_force",
     "load_retriever",
     "parse_filter",
     "publish",
+    "recall",
     "save_retriever",
     "tune_nprobe",
     "unpack_mask",
