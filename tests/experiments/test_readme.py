@@ -11,7 +11,9 @@ def test_readme_shows_the_recorded_results():
 
 
 def test_every_result_was_recorded_from_a_clean_tree():
-    for folder in record.RESULTS.iterdir():
-        for result in record.read_all(folder.name) if folder.is_dir() else []:
+    folders = [folder.name for folder in record.RESULTS.iterdir() if folder.is_dir()]
+    assert folders
+    for name in folders:
+        for result in record.read_all(name):
             assert not result["git"]["dirty"], result["experiment"]
             assert result["measurements"], result["experiment"]

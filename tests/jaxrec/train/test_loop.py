@@ -126,8 +126,13 @@ def test_second_signal_acts_as_usual(tmp_path):
         return {"ndcg@10": 0.0}
 
     config = LoopConfig(num_steps=4, eval_every=1)
-    with pytest.raises(KeyboardInterrupt):
-        Parts().run(tmp_path, config, put_batch=twice, evaluate=slow_evaluate)
+    # A shell's background jobs inherit an ignored SIGINT; here the usual one is wanted.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Parts().run(tmp_path, config, put_batch=twice, evaluate=slow_evaluate)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_finished_run_is_returned_again(tmp_path, unbroken):
