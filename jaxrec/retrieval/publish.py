@@ -10,7 +10,8 @@ A version appears in one rename, complete or not at all. Loading rebuilds nothin
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Key
 
+from jaxrec.orbax_log import hushed_orbax
 from jaxrec.retrieval.bloom_index import BloomIndex
 from jaxrec.retrieval.ivf_index import IVFIndex, Metric
 from jaxrec.retrieval.retriever import Retriever, Vocabulary
@@ -167,11 +169,16 @@ def content_hash(arrays: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _manager(folder: Path, *, create: bool) -> ocp.CheckpointManager:
+@contextmanager
+def _manager(folder: Path, *, create: bool) -> Iterator[ocp.CheckpointManager]:
     options = ocp.CheckpointManagerOptions(
         create=create, read_only=not create, enable_async_checkpointing=False
     )
-    return ocp.CheckpointManager(folder.absolute(), options=options, item_names=_ITEMS)
+    with (
+        hushed_orbax(),
+        ocp.CheckpointManager(folder.absolute(), options=options, item_names=_ITEMS) as manager,
+    ):
+        yield manager
 
 
 class _Reader:

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxrec.functional import leaf_names
+from jaxrec.orbax_log import hush_orbax, unhush_orbax
 from jaxrec.train.config_diff import check_same_config
 from jaxrec.train.fingerprint import fingerprints
 from jaxrec.train.folder_lock import FolderInUse, lock_folder
-from jaxrec.train.orbax_log import hush_orbax, unhush_orbax
 from jaxrec.typing import PyTree
 
 STEPS_FOLDER = "checkpoints"

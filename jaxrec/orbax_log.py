@@ -1,6 +1,8 @@
 """What Orbax logs, kept from the terminal: its failures come back as exceptions."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _log = logging.getLogger("jaxrec.orbax")
@@ -30,3 +32,13 @@ def hush_orbax() -> OrbaxLogFilter:
 def unhush_orbax(hush: OrbaxLogFilter) -> None:
     """Takes away what `hush_orbax` returned."""
     logging.getLogger("absl").removeFilter(hush)
+
+
+@contextmanager
+def hushed_orbax() -> Iterator[None]:
+    """Keeps Orbax quiet inside a `with`."""
+    hush = hush_orbax()
+    try:
+        yield
+    finally:
+        unhush_orbax(hush)
