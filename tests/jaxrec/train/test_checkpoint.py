@@ -20,7 +20,18 @@ from jaxrec.train.config_diff import config_differences
 from jaxrec.train.fingerprint import checksum, fingerprints
 
 # Orbax abandons its other reads when one fails; they complain as they are collected.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def abandoned_reads_are_collected():
+    """Orbax leaves the other reads of a failed restore behind; they complain when collected."""
+    yield
+    gc.collect()
+
 
 CONFIG = {"model": {"width": 8, "layers": [1, 2]}, "train": {"seed": 0}}
 
