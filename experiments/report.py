@@ -203,8 +203,8 @@ def accuracy_section_markdown() -> str:
     return (
         f"{table_markdown(accuracy_rows(results))}\n\n"
         f"Measured on {env['cpu_cores']} cores of {env['device_kind']} ({versions}) with "
-        "`python -m experiments.train_sequence <setting> --seeds 0 1 2`; each result file names "
-        "its command, commit and data hash."
+        "`python -m experiments.train_sequence <setting> --seeds …`; each result file names its "
+        "command, commit and data hash. Minutes are wall time on a machine that was shared."
     )
 
 
