@@ -171,14 +171,13 @@ def content_hash(arrays: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _manager(folder: Path, *, create: bool) -> Iterator[ocp.CheckpointManager]:
-    options = ocp.CheckpointManagerOptions(
-        create=create, read_only=not create, enable_async_checkpointing=False
-    )
-    with (
-        hushed_orbax(),
-        ocp.CheckpointManager(folder.absolute(), options=options, item_names=_ITEMS) as manager,
-    ):
-        yield manager
+    with hushed_orbax():
+        options = ocp.CheckpointManagerOptions(
+            create=create, read_only=not create, enable_async_checkpointing=False
+        )
+        path = folder.absolute()
+        with ocp.CheckpointManager(path, options=options, item_names=_ITEMS) as manager:
+            yield manager
 
 
 class _Reader:
