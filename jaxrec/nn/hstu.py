@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from jaxrec.nn.checks import check_at_least, check_choice, check_heads, check_share
 from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
 from jaxrec.ops.jagged import JaggedBatch, positions
-from jaxrec.ops.layers import dropout, layer_norm
+from jaxrec.ops.layers import dropout, layer_norm, split_or_none
 from pallas_kernels import hstu_attention
 
 
@@ -137,9 +137,7 @@ class HSTU(nnx.Module):
         Slots behind the last sequence hold finite values without meaning. The dtype is the
         configuration's `compute_dtype`.
         """
-        keys = [None] * (len(self.blocks) + 1)
-        if key is not None:
-            keys = list(jax.random.split(key, len(keys)))
+        keys = split_or_none(key, len(self.blocks) + 1)
         x = self.items(jnp.asarray(batch.item_ids)) * self.config.width**0.5
         if self.positions is not None:
             position = positions(batch.seq_offsets, batch.item_ids.shape[0])

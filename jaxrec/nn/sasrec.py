@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from jaxrec.nn.checks import check_at_least, check_choice, check_heads, check_share
 from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
 from jaxrec.ops.jagged import JaggedBatch, positions, positions_from_end
-from jaxrec.ops.layers import causal_filter, dropout
+from jaxrec.ops.layers import causal_filter, dropout, split_or_none
 from pallas_kernels import softmax_attention
 
 
@@ -127,7 +127,7 @@ class Block(nnx.Module):
     ) -> Float[jax.Array, "T D"]:
         """The block's output for every token slot; dropout only where a key is given."""
         rate, share = self.config.dropout, self.config.filter_share
-        keys = [None] * 3 if key is None else jax.random.split(key, 3)
+        keys = split_or_none(key, 3)
         attended = dropout(self.attention(x, seq_offsets), rate, keys[0])
         mixed = self.attention_norm(x + attended)
         if self.filter is not None and self.filter_norm is not None:
@@ -175,9 +175,7 @@ class SASRec(nnx.Module):
         configuration's `compute_dtype`.
         """
         dtype = jnp.dtype(self.config.compute_dtype)
-        keys = [None] * (len(self.blocks) + 1)
-        if key is not None:
-            keys = list(jax.random.split(key, len(keys)))
+        keys = split_or_none(key, len(self.blocks) + 1)
         item_ids, offsets = jnp.asarray(batch.item_ids), jnp.asarray(batch.seq_offsets)
         place = positions if self.config.positions == "start" else positions_from_end
         position = jnp.clip(place(offsets, item_ids.shape[0]), 0, self.config.max_len - 1)

@@ -17,6 +17,11 @@ def dropout(
     return jnp.where(keep, x / (1 - rate), 0)
 
 
+def split_or_none(key: jax.Array | None, num: int) -> list[jax.Array | None]:
+    """`num` keys for `dropout`, or as many None without a key."""
+    return [None] * num if key is None else list(jax.random.split(key, num))
+
+
 def layer_norm(
     x: Float[jax.Array, "*rows D"],
     scale: Float[jax.Array, "D"] | None = None,
