@@ -112,8 +112,13 @@ def environment() -> dict[str, Any]:
         "platform": device.platform,
         "device_kind": device.device_kind if device.platform != "cpu" else _cpu_name(),
         "device_count": jax.device_count(),
-        "cpu_cores": os.cpu_count(),
+        "cpu_cores": _usable_cores(),
     }
+
+
+def _usable_cores() -> int | None:
+    """Cores this process may run on, which pinning makes fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _cpu_name() -> str:

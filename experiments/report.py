@@ -182,13 +182,15 @@ def accuracy_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
                 "HR@10": shown("hr@10"),
                 "NDCG@10": shown("ndcg@10"),
                 "seeds": str(seeds),
-                "minutes a seed": f"{figures['minutes']['value']:.1f}"
-                if "minutes" in figures
-                else "-",
+                "minutes a seed (cores)": _minutes(figures, result["env"]["cpu_cores"]),
                 "published HR@10 / NDCG@10": "; ".join(result["published"]) or "-",
             }
         )
     return rows
+
+
+def _minutes(figures: Mapping[str, Any], cores: int) -> str:
+    return f"{figures['minutes']['value']:.1f} ({cores})" if "minutes" in figures else "-"
 
 
 def accuracy_section_markdown() -> str:
@@ -202,9 +204,10 @@ def accuracy_section_markdown() -> str:
     versions = ", ".join(f"{name} {env[name]}" for name in ("jax", "flax", "python"))
     return (
         f"{table_markdown(accuracy_rows(results))}\n\n"
-        f"Measured on {env['cpu_cores']} cores of {env['device_kind']} ({versions}) with "
+        f"Measured on {env['device_kind']} ({versions}) with "
         "`python -m experiments.train_sequence <setting> --seeds …`; each result file names its "
-        "command, commit and data hash. Minutes are wall time on a machine that was shared."
+        "command, commit and data hash. Minutes are wall time on so many cores of a machine that "
+        "was doing other work as well."
     )
 
 
