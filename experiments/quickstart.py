@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -165,6 +166,7 @@ def serve_stage(config: Quickstart) -> None:
         attributes.features(),
         folder=config.run_folder / "published",
         model_config=asdict(model.config),
+        sample_queries=query_vectors(model, split.valid),
         vocabulary=dataset.interactions.items.ids.tolist(),
     )
     retriever = load_retriever(
@@ -173,7 +175,7 @@ def serve_stage(config: Quickstart) -> None:
     )
     print(
         f"published version {version} and loaded it again in {time.monotonic() - started:.1f} s: "
-        f"{retriever.ivf.nlist} lists, {retriever.nprobe} probed by default"
+        f"{retriever.index.ivf.nlist} lists, {retriever.index.nprobe} probed by default"
     )
     filters = choose_filters(attributes)
     by_filter = measure_filters(retriever, split.test, filters)
@@ -187,8 +189,8 @@ def serve_stage(config: Quickstart) -> None:
             "filters": by_filter,
             "probes": by_probes,
             "answers": answers,
-            "nprobe": retriever.nprobe,
-            "nlist": retriever.ivf.nlist,
+            "nprobe": retriever.index.nprobe,
+            "nlist": retriever.index.ivf.nlist,
         },
     )
 
@@ -244,28 +246,33 @@ def choose_filters(attributes: ItemAttributes) -> list[str | None]:
     return list(dict.fromkeys(filters))
 
 
-def query_batch(retriever: Retriever, questions: EvalSet, num_queries: int = NUM_QUERIES) -> Any:
+def query_batch(model: Any, questions: EvalSet, num_queries: int = NUM_QUERIES) -> Any:
     """The first histories as one batch."""
     rows = np.arange(min(num_queries, len(questions)))
-    max_len: int = retriever.model.config.max_len  # pyright: ignore[reportAttributeAccessIssue]
     return make_query_batch(
         questions.histories,
         rows,
-        max_len=max_len,
-        token_budget=len(rows) * max_len,
+        max_len=model.config.max_len,
+        token_budget=len(rows) * model.config.max_len,
         max_sequences=len(rows),
     )
 
 
+def query_vectors(model: SASRec, questions: EvalSet) -> jax.Array:
+    """What the tower asks for the first histories."""
+    batch = query_batch(model, questions)
+    return model.encode(batch)[jnp.asarray(batch.target_positions)]
+
+
 def num_results(retriever: Retriever) -> int:
     """K, or all items of a smaller catalogue."""
-    return min(K, retriever.bloom.num_items, retriever.ivf.num_items)
+    return min(K, retriever.index.bloom.num_items, retriever.index.ivf.num_items)
 
 
 def eligible_items(retriever: Retriever, text: str | None) -> np.ndarray:
     """Numbers of the items that pass a filter."""
-    mask = retriever.bloom.search(retriever.compile([text]), exact=True)
-    row_ids = np.asarray(retriever.ivf.row_ids)
+    mask = retriever.index.bloom.search(retriever.compile([text]), exact=True)
+    row_ids = np.asarray(retriever.index.ivf.row_ids)
     return np.sort(row_ids[np.asarray(unpack_mask(mask, len(row_ids)))[0]])
 
 
@@ -273,7 +280,7 @@ def measure_filters(
     retriever: Retriever, questions: EvalSet, filters: Sequence[str | None]
 ) -> list[dict[str, Any]]:
     """Recall of the default and of the exact search for each filter, by selectivity."""
-    batch = query_batch(retriever, questions)
+    batch = query_batch(retriever.model, questions)
     queries, table = tower_outputs(retriever, batch)
     rows = []
     for text in filters:
@@ -303,10 +310,10 @@ def tower_outputs(retriever: Retriever, batch: Any) -> tuple[np.ndarray, np.ndar
 
 def measure_probes(retriever: Retriever, questions: EvalSet) -> list[dict[str, Any]]:
     """Recall of the bare index, without a filter, by the number of probed lists."""
-    queries, table = tower_outputs(retriever, query_batch(retriever, questions))
-    ivf, k = retriever.ivf, num_results(retriever)
+    queries, table = tower_outputs(retriever, query_batch(retriever.model, questions))
+    ivf, k = retriever.index.ivf, num_results(retriever)
     truth = brute_force(queries, table, np.arange(1, len(table)), k=k)
-    probes = sorted({1, 2, 4, 8, 16, 32, 64, retriever.nprobe, ivf.nlist})
+    probes = sorted({1, 2, 4, 8, 16, 32, 64, retriever.index.nprobe, ivf.nlist})
     return [
         {"nprobe": n, "recall": recall(ivf.search(queries, k=k, nprobe=n).ids, truth)}
         for n in probes
@@ -322,7 +329,7 @@ def example_answers(
 ) -> list[dict[str, str]]:
     """What a few users get under different filters, items with their first attributes."""
     chosen = list(filters)[:: max(1, len(filters) // 5)][:5]
-    batch = query_batch(retriever, questions, len(chosen))
+    batch = query_batch(retriever.model, questions, len(chosen))
     found = retriever(batch, retriever.compile(chosen), k=3, exclude_history=True)
     rows = []
     for user, (text, ids) in enumerate(zip(chosen, np.asarray(found.ids), strict=True)):

@@ -2,6 +2,7 @@
 
 from jaxrec.retrieval.bloom_index import BloomIndex
 from jaxrec.retrieval.filters import F, Filter, FilterError, parse_filter
+from jaxrec.retrieval.item_index import Explanation, ItemIndex
 from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
 from jaxrec.retrieval.masks import unpack_mask
 from jaxrec.retrieval.plan import FilterPlan
@@ -11,12 +12,14 @@ from jaxrec.retrieval.retriever import IndexState, Retriever
 
 __all__ = [
     "BloomIndex",
+    "Explanation",
     "F",
     "Filter",
     "FilterError",
     "FilterPlan",
     "IVFIndex",
     "IndexState",
+    "ItemIndex",
     "PublishError",
     "Retriever",
     "SearchResult",

@@ -53,8 +53,8 @@ class RowResult(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["centroids", "codes", "scales", "vectors", "row_ids", "live", "tile_offsets",
-                 "error_bounds"],
+    data_fields=["centroids", "codes", "scales", "vectors", "row_ids", "id_order", "live",
+                 "tile_offsets", "error_bounds"],
     meta_fields=["metric", "num_items", "list_tiles"],
 )  # fmt: skip
 @dataclass(frozen=True, eq=False)
@@ -69,6 +69,7 @@ class IVFIndex:
       scales: a row is about codes · scales; f32[R].
       vectors: the rows themselves, for scores without quantisation error; f32 or bf16 [R, D].
       row_ids: the item of each row, -1 for padding and deleted rows; i32[R].
+      id_order: the rows in ascending order of their row_ids; i32[R].
       live: bit r % 32 of word r // 32 is set where row_ids[r] is not -1; u32[R / 32].
       tile_offsets: list c owns the tiles tile_offsets[c] up to tile_offsets[c + 1]; i32[C + 1].
       error_bounds: largest |row| and largest |row - codes · scales|; f32[2].
@@ -82,6 +83,7 @@ class IVFIndex:
     scales: Float32[_Array, "R"]
     vectors: Any
     row_ids: Int32[_Array, "R"]
+    id_order: Int32[_Array, "R"]
     live: UInt32[_Array, "words"]
     tile_offsets: Int32[_Array, "C1"]
     error_bounds: Float32[_Array, "2"]
@@ -206,6 +208,27 @@ class IVFIndex:
             self.metric,
         )
 
+    def rows_of(self, ids: Int[_Array, "*shape"]) -> Int32[Array, "*shape"]:
+        """The row of each item, -1 for ids that the index does not hold. Traceable.
+
+        Cost: a binary search, log2(R) gathers an id.
+        """
+        ids, row_ids = jnp.asarray(ids), jnp.asarray(self.row_ids)
+        order = jnp.asarray(self.id_order)
+        num_rows = len(order)
+
+        def halve(_, bounds):
+            low, high = bounds
+            middle = (low + high) // 2
+            before = row_ids[order[jnp.minimum(middle, num_rows - 1)]] < ids
+            before &= low < high
+            return jnp.where(before, middle + 1, low), jnp.where(before, high, middle)
+
+        bounds = jnp.zeros_like(ids), jnp.full_like(ids, num_rows)
+        low, _ = lax.fori_loop(0, num_rows.bit_length(), halve, bounds)
+        rows = order[jnp.minimum(low, num_rows - 1)]
+        return jnp.where((ids >= 0) & (row_ids[rows] == ids), rows, -1)
+
     def delete(self, ids: Int[_Array, "M"]) -> "IVFIndex":
         """A new index without these items. Rows stay where they are, so Bloom rows stay valid.
 
@@ -220,22 +243,25 @@ class IVFIndex:
         return replace(
             self,
             row_ids=jnp.asarray(row_ids),
+            id_order=jnp.asarray(np.argsort(row_ids, kind="stable").astype(np.int32)),
             live=jnp.asarray(pack_bits(row_ids >= 0)),
             num_items=int((row_ids >= 0).sum()),
         )
 
 
 def tune_nprobe(
-    index: IVFIndex, key: Key[Array, ""], *, recall: float = 0.95, k: int = 100, samples: int = 256
+    index: IVFIndex,
+    queries: Float[_Array, "S D"],
+    *,
+    recall: float = 0.95,
+    k: int = 100,
 ) -> tuple[int, float]:
-    """The fewest lists that hold `recall` of the true top k, and what they hold.
+    """The fewest lists that hold `recall` of the queries' true top k, and what they hold.
 
-    Measured with sampled items as queries: each query's true top k comes from a scan of all rows,
-    and the ranks of the lists they lie in tell the recall of every nprobe at once. Host only.
+    Each query's true top k comes from a scan of all rows, and the ranks of the lists they lie in
+    tell the recall of every nprobe at once. Host only.
     """
-    rows = np.flatnonzero(np.asarray(index.row_ids) >= 0)
-    picked = jax.random.choice(key, len(rows), (min(samples, len(rows)),), replace=False)
-    queries = index.vectors[rows[np.asarray(picked)]].astype(jnp.float32)
+    queries = jnp.asarray(queries, jnp.float32)
     best = search_rows(
         index, queries, None, k=min(k, index.num_items), nprobe=index.nlist, precision="float"
     )
@@ -244,6 +270,15 @@ def tune_nprobe(
     needed = np.sort(np.take_along_axis(ranks, lists, axis=1).ravel())
     nprobe = int(needed[int(np.ceil(recall * needed.size)) - 1]) + 1
     return nprobe, float((needed < nprobe).mean())
+
+
+def sample_vectors(
+    index: IVFIndex, key: Key[Array, ""], num_samples: int = 256
+) -> Float32[Array, "S D"]:
+    """Rows of random items, S = min(num_samples, items)."""
+    rows = np.flatnonzero(np.asarray(index.row_ids) >= 0)
+    picked = jax.random.choice(key, len(rows), (min(num_samples, len(rows)),), replace=False)
+    return jnp.asarray(index.vectors)[rows[np.asarray(picked)]].astype(jnp.float32)
 
 
 def list_of_row(index: IVFIndex, rows: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
@@ -310,6 +345,7 @@ def _lay_out(centroids, lists, ids, vectors, metric: Metric) -> IVFIndex:
         scales=scales,
         vectors=jnp.asarray(row_vectors),
         row_ids=jnp.asarray(row_ids),
+        id_order=jnp.asarray(np.argsort(row_ids, kind="stable").astype(np.int32)),
         live=jnp.asarray(pack_bits(row_ids >= 0)),
         tile_offsets=jnp.asarray(tile_offsets),
         error_bounds=bounds,

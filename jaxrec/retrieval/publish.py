@@ -20,20 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from jaxrec.orbax_log import hushed_orbax
 from jaxrec.retrieval.bloom_index import BloomIndex
+from jaxrec.retrieval.item_index import ItemIndex
 from jaxrec.retrieval.ivf_index import IVFIndex, Metric
 from jaxrec.retrieval.retriever import Retriever, Vocabulary
 from jaxrec.retrieval.terms import TermCatalog
 
-FORMAT = 1
+FORMAT = 2
 _ITEMS = ("tower", "index", "metadata", "vocabulary")
 _BLOOM_ARRAYS = ("rows", "row_offsets", "live", "term_offsets", "term_values")
 _BLOOM_STATIC = ("num_items", "num_head", "num_hashes", "max_item_terms")
-_IVF_ARRAYS = ("centroids", "codes", "scales", "vectors", "row_ids", "live", "tile_offsets",
-               "error_bounds")  # fmt: skip
+_IVF_ARRAYS = ("centroids", "codes", "scales", "vectors", "row_ids", "id_order", "live",
+               "tile_offsets", "error_bounds")  # fmt: skip
+_COLUMN = "column_"
 
 type _Path = str | os.PathLike[str]
 
@@ -53,6 +55,7 @@ def publish(
     metric: Metric = "ip",
     max_fpr: float = 1e-3,
     recall: float = 0.95,
+    sample_queries: Float[Array, "S D"] | None = None,
     vocabulary: Sequence[str] | None = None,
 ) -> int:
     """Builds a model's `Retriever` and writes it as the next version of `folder`.
@@ -69,7 +72,7 @@ def publish(
     """
     retriever = Retriever.build(
         model, features, key=jax.random.key(0) if key is None else key, nlist=nlist, metric=metric,
-        max_fpr=max_fpr, recall=recall, vocabulary=vocabulary,
+        max_fpr=max_fpr, recall=recall, sample_queries=sample_queries, vocabulary=vocabulary,
     )  # fmt: skip
     return save_retriever(retriever, folder, model_config=model_config)
 
@@ -79,11 +82,11 @@ def save_retriever(
 ) -> int:
     """Writes a built retriever as the next version of `folder`; returns the version."""
     tower, index = _tower_arrays(retriever.model), _index_arrays(retriever)
-    bloom, ivf = retriever.bloom, retriever.ivf
+    bloom, ivf = retriever.index.bloom, retriever.index.ivf
     metadata = {
         "format": FORMAT,
         "model_config": dict(model_config or {}),
-        "nprobe": retriever.nprobe,
+        "nprobe": retriever.index.nprobe,
         "bloom": {name: getattr(bloom, name) for name in _BLOOM_STATIC},
         "catalog": {"features": list(bloom.catalog.features), "seed": bloom.catalog.seed},
         "ivf": {"metric": ivf.metric, "num_items": ivf.num_items},
@@ -239,9 +242,10 @@ def _set_tower_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> None:
 
 
 def _index_arrays(retriever: Retriever) -> dict[str, Any]:
-    bloom, ivf = retriever.bloom, retriever.ivf
+    bloom, ivf = retriever.index.bloom, retriever.index.ivf
     arrays = {f"bloom_{name}": getattr(bloom, name) for name in _BLOOM_ARRAYS}
     arrays |= {f"ivf_{name}": getattr(ivf, name) for name in _IVF_ARRAYS}
+    arrays |= {f"{_COLUMN}{name}": column for name, column in retriever.index.columns.items()}
     arrays["ivf_list_tiles"] = np.frombuffer(ivf.list_tiles, np.int32)
     # JAX has no uint64 by default: hashes travel as pairs of uint32.
     arrays["catalog_hashes"] = bloom.catalog.hashes.view(np.uint32).reshape(-1, 2)
@@ -258,13 +262,14 @@ def _assemble(model, index, metadata, raw_ids) -> Retriever:
     )
     bloom_arrays = {name: jnp.asarray(index[f"bloom_{name}"]) for name in _BLOOM_ARRAYS}
     ivf_arrays = {name: jnp.asarray(index[f"ivf_{name}"]) for name in _IVF_ARRAYS}
-    return Retriever(
-        model,
+    list_tiles = np.array(index["ivf_list_tiles"], np.int32).tobytes()
+    columns = {n.removeprefix(_COLUMN): x for n, x in index.items() if n.startswith(_COLUMN)}
+    items = ItemIndex(
+        IVFIndex(**ivf_arrays, **metadata["ivf"], list_tiles=list_tiles),
         BloomIndex(**bloom_arrays, **metadata["bloom"], catalog=catalog),
-        IVFIndex(
-            **ivf_arrays, **metadata["ivf"],
-            list_tiles=np.array(index["ivf_list_tiles"], np.int32).tobytes(),
-        ),
-        nprobe=metadata["nprobe"],
-        vocabulary=None if raw_ids is None else Vocabulary(tuple(raw_ids)),
-    )  # fmt: skip
+        columns,
+        metadata["nprobe"],
+    )
+    return Retriever(
+        model, items, vocabulary=None if raw_ids is None else Vocabulary(tuple(raw_ids))
+    )

@@ -180,7 +180,7 @@ def test_bfloat16_rows_are_never_called_exact(rows, queries):
 
 
 def test_tuned_nprobe_reaches_the_recall(index, rows):
-    nprobe, promised = tune_nprobe(index, jax.random.key(2), recall=0.9, k=50, samples=N)
+    nprobe, promised = tune_nprobe(index, rows, recall=0.9, k=50)
     assert 1 < nprobe < NLIST
     want, _ = top(rows, rows, 50)
     found = index.search(rows, k=50, nprobe=nprobe, precision="float")

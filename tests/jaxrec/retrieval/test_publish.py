@@ -81,10 +81,10 @@ def test_restored_equals_built(folder, tmp_path):
     again = load_retriever(tmp_path / "again", build_model=build_model)
     for a, b in zip(answers(first), answers(again), strict=True):
         np.testing.assert_array_equal(a, b)
-    for a, b in zip(jax.tree.leaves(first.ivf), jax.tree.leaves(again.ivf), strict=True):
+    for a, b in zip(jax.tree.leaves(first.index), jax.tree.leaves(again.index), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.dtype == b.dtype
-    assert again.nprobe == first.nprobe
+    assert again.index.nprobe == first.index.nprobe
     assert again.raw_ids(np.array([[2]], np.int32)) == [["id 2"]]
     second = load_retriever(folder, build_model=build_model)
     assert not np.array_equal(first.queries(BATCH), second.queries(BATCH))

@@ -12,7 +12,7 @@ from mean_tower import MeanTower
 
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.retrieval import IndexState, Retriever
-from jaxrec.retrieval.retriever import history_mask
+from jaxrec.retrieval.retriever import history
 
 NUM_ITEMS, WIDTH, K = 1_500, 16, 20
 LENGTHS = (6, 8, 10)
@@ -106,9 +106,9 @@ def test_a_filter_of_mostly_false_positives_still_fills(catalogue, batch):
     model = MeanTower(NUM_ITEMS + 1, WIDTH, rngs=nnx.Rngs(0))
     tags = catalogue["tag"] % 60
     retriever = Retriever.build(model, {"tag": tags}, key=jax.random.key(0))
-    assert retriever.bloom.num_head == 0
+    assert retriever.index.bloom.num_head == 0
     plan = retriever.compile([f"NOT tag IN [{','.join(map(str, range(59)))}]"] * 4)
-    possibly = retriever.bloom.search(plan)
+    possibly = retriever.index.bloom.search(plan)
     assert int(jnp.sum(jax.lax.population_count(possibly[0]))) == NUM_ITEMS
     eligible = np.broadcast_to(tags == 59, (4, NUM_ITEMS))
     for exact in (False, True):
@@ -118,12 +118,21 @@ def test_a_filter_of_mostly_false_positives_still_fills(catalogue, batch):
         assert (np.asarray(found.filled) == min(eligible[0].sum(), K)).all()
 
 
-def test_history_is_that_of_the_query_up_to_its_target(retriever, batch):
-    row_ids = np.asarray(retriever.ivf.row_ids)
-    words = np.asarray(history_mask(batch, retriever.ivf.row_ids))
-    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").astype(bool)
+@pytest.mark.parametrize("window", [4, 40])
+def test_history_is_that_of_the_query_up_to_its_target(batch, window):
+    items = np.asarray(history(batch, window))
     for query in range(4):
-        assert set(row_ids[bits[query]]) == set(seen(batch, query).tolist())
+        want = seen(batch, query)[::-1][:window].tolist()
+        assert items[query].tolist() == want + [-1] * (window - len(want))
+
+
+def test_excluded_items_are_left_out(retriever, batch, eligible):
+    plan = retriever.compile(FILTERS)
+    best = np.asarray(retriever(batch, plan, k=3, exact=True).ids)
+    exclude = np.concatenate([best, best[:, :1], np.full((4, 1), -1, np.int32)], axis=1)
+    rest = retriever(batch, plan, k=K - 3, exact=True, exclude=exclude).ids
+    want = brute_force(retriever, batch, eligible)[:, 3:]
+    np.testing.assert_array_equal(rest, want)
 
 
 def test_results_do_not_depend_on_the_other_queries(retriever, batch):
@@ -136,8 +145,7 @@ def test_index_is_apart_from_the_weights(retriever):
     params = nnx.state(retriever, nnx.Param)
     index = nnx.state(retriever, IndexState)
     assert [path for path, _ in nnx.to_flat_state(params)] == [("model", "table")]
-    leaves = len(jax.tree.leaves(retriever.ivf)) + len(jax.tree.leaves(retriever.bloom))
-    assert len(nnx.to_flat_state(index)) == leaves
+    assert len(nnx.to_flat_state(index)) == len(jax.tree.leaves(retriever.index))
     optimizer = nnx.Optimizer(retriever.model, optax.sgd(0.1), wrt=nnx.Param)
     assert optimizer.step[...] == 0
 

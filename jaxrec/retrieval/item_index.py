@@ -1,0 +1,260 @@
+"""What can be retrieved: the items' vectors and their attributes, row for row in one order."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32, Key, UInt32
+
+from jaxrec.retrieval.bloom_index import BloomIndex, FilterLike
+from jaxrec.retrieval.filtered_search import search_eligible
+from jaxrec.retrieval.ivf_index import (
+    IVFIndex,
+    Metric,
+    SearchResult,
+    check_search,
+    list_of_row,
+    list_scores,
+    sample_vectors,
+    search_rows,
+    tune_nprobe,
+    with_ids,
+)
+from jaxrec.retrieval.plan import FilterPlan
+
+type _Array = jax.Array | np.ndarray
+
+
+class Explanation(NamedTuple):
+    """Why an item was, or was not, returned.
+
+    Attributes:
+      rejected_by: smallest part of the filter that rejects the item; None if it passes.
+      list_rank: how many lists score better than the item's own; it is scanned if below nprobe.
+      probed: whether the item's list is scanned.
+      score: inner product of the query and the item's row.
+      code_score: the same from the int8 codes.
+    """
+
+    rejected_by: str | None
+    list_rank: int
+    probed: bool
+    score: float
+    code_score: float
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ivf", "bloom", "columns"],
+    meta_fields=["nprobe"],
+)
+@dataclass(frozen=True, eq=False)
+class ItemIndex:
+    """An `IVFIndex` and a `BloomIndex` over the same rows (R of them), searched together.
+
+    Build with `ItemIndex.build`. The object is a pytree: arrays are leaves, the rest is static.
+
+    Attributes:
+      ivf: vectors; its row order is everybody's.
+      bloom: attributes; position r is row r.
+      columns: further values of each row by name, as of `gather`; arrays [R, ...].
+      nprobe: lists scanned by default.
+    """
+
+    ivf: IVFIndex
+    bloom: BloomIndex
+    columns: Mapping[str, Any]
+    nprobe: int
+
+    def __post_init__(self):
+        # Unflattening puts arbitrary objects in the place of arrays, which have no length.
+        if not isinstance(self.ivf, IVFIndex) or not hasattr(self.ivf.row_ids, "shape"):
+            return
+        num_rows = self.ivf.row_ids.shape[0]
+        if isinstance(self.bloom, BloomIndex) and self.bloom.num_items != num_rows:
+            raise ValueError(
+                f"the Bloom index has {self.bloom.num_items} positions and the IVF index "
+                f"{num_rows} rows; build the first with order=ivf.row_ids"
+            )
+
+    @classmethod
+    def build(
+        cls,
+        embeddings: Float[_Array, "N D"],
+        features: Mapping[str, Any],
+        *,
+        key: Key[Array, ""],
+        ids: Int[_Array, "N"] | None = None,
+        columns: Mapping[str, _Array] | None = None,
+        nlist: int | None = None,
+        metric: Metric = "ip",
+        max_fpr: float = 1e-3,
+        recall: float = 0.95,
+        sample_queries: Float[_Array, "S D"] | None = None,
+    ) -> "ItemIndex":
+        """Indexes N items.
+
+        Args:
+          embeddings: one row an item.
+          features: as for `BloomIndex.build`, one entry an item.
+          key: seeds k-means and the measurement of recall.
+          ids: the items' ids, 0 or more and unique; None numbers them from 0.
+          columns: further values of the items, [N, ...] each; see `gather`.
+          nlist: lists of the IVF index; None takes the square root of N.
+          metric: "ip" or "cosine".
+          max_fpr: of the Bloom index.
+          recall: the default nprobe is the smallest that holds this part of the true top 100 of
+            the sample queries.
+          sample_queries: vectors like those that will be asked; None takes 256 of the items, which
+            look like queries only where queries look like items.
+
+        Raises:
+          ValueError: columns of another length, and what the two indexes raise.
+        """
+        build_key, tune_key = jax.random.split(key)
+        num_items = len(embeddings)
+        ids = np.arange(num_items) if ids is None else np.asarray(ids)
+        for name, column in (columns or {}).items():
+            if len(column) != num_items:
+                raise ValueError(f"column {name!r} has {len(column)} entries for {num_items} items")
+        nlist = max(1, round(num_items**0.5)) if nlist is None else nlist
+        ivf = IVFIndex.build(embeddings, nlist=nlist, key=build_key, metric=metric, row_ids=ids)
+        order = _positions(ids, np.asarray(ivf.row_ids))
+        bloom = BloomIndex.build(features, max_fpr=max_fpr, order=order)
+        if sample_queries is None:
+            sample_queries = sample_vectors(ivf, tune_key)
+        nprobe, _ = tune_nprobe(ivf, sample_queries, recall=recall)
+        return cls(ivf, bloom, _in_rows(columns or {}, order), nprobe)
+
+    @property
+    def num_items(self) -> int:
+        """Items that the index holds."""
+        return self.ivf.num_items
+
+    def compile(self, filters: Sequence[FilterLike]) -> FilterPlan:
+        """One filter a query to a plan; see `BloomIndex.compile`."""
+        return self.bloom.compile(filters)
+
+    def search(
+        self,
+        queries: Float[_Array, "Q D"],
+        plan: FilterPlan,
+        *,
+        k: int,
+        nprobe: int | None = None,
+        exact: bool = False,
+        exclude: Int[_Array, "Q X"] | None = None,
+    ) -> SearchResult:
+        """The k best items for each query that pass its filter; traceable.
+
+        Items returned always pass their filter: survivors of the search are checked on the stored
+        attributes. `filled` is below k only where fewer than k items are eligible.
+
+        Args:
+          queries: f32 or bf16.
+          plan: from `compile`, with Q programs.
+          k: results, 1 to the number of items.
+          nprobe: lists to scan, 1 to nlist; None takes the default chosen at the build.
+          exact: scan every item's own row: the result equals brute force over the eligible items.
+          exclude: ids that a query must not return; -1 for none.
+
+        Raises:
+          ValueError: k or nprobe out of range, or another number of programs than queries.
+        """
+        nprobe = self.ivf.nlist if exact else self.nprobe if nprobe is None else nprobe
+        check_search(self.ivf, k, nprobe)
+        if plan.opcodes.shape[0] != queries.shape[0]:
+            raise ValueError(
+                f"the plan has {plan.opcodes.shape[0]} filters for {queries.shape[0]} queries; "
+                "compile one filter for each"
+            )
+        excluded = None if exclude is None else self._rows_mask(exclude)
+        found = search_eligible(
+            self.ivf, self.bloom, plan, jnp.asarray(queries), excluded,
+            k=k, nprobe=nprobe, precision="float" if exact else "rescored",
+        )  # fmt: skip
+        return with_ids(self.ivf, found)
+
+    def gather(self, ids: Int[_Array, "*shape"]) -> dict[str, Array]:
+        """The columns' values for these items, [*shape, ...] each; zeros for ids not held."""
+        rows = self.ivf.rows_of(ids)
+
+        def pick(column):
+            picked = jnp.asarray(column)[jnp.maximum(rows, 0)]
+            held = (rows >= 0).reshape(rows.shape + (1,) * (picked.ndim - rows.ndim))
+            return jnp.where(held, picked, jnp.zeros((), picked.dtype))
+
+        return {name: pick(column) for name, column in self.columns.items()}
+
+    def explain(
+        self,
+        query: Float[_Array, "D"],
+        filter: FilterLike,
+        item: int,
+        *,
+        nprobe: int | None = None,
+    ) -> Explanation:
+        """What the search makes of one item for one query vector. Host only.
+
+        Raises:
+          ValueError: the index holds no such item.
+        """
+        ivf = self.ivf
+        row = np.atleast_1d(np.asarray(ivf.rows_of(np.array([item], np.int32))))
+        if row[0] < 0:
+            raise ValueError(f"the index holds no item {item}")
+        scores = list_scores(ivf, query[None])[0]
+        own = int(list_of_row(ivf, row)[0])
+        rank = int((scores > scores[own]).sum())
+        mask = np.zeros((1, ivf.live.shape[0]), np.uint32)
+        mask[0, row // 32] = np.uint32(1) << np.uint32(row[0] % 32)
+        parts: list[Literal["float", "int8"]] = ["float", "int8"]
+        score, code_score = (
+            float(search_rows(ivf, query[None], jnp.asarray(mask), k=1, nprobe=ivf.nlist,
+                              precision=part).scores[0, 0])
+            for part in parts
+        )  # fmt: skip
+        return Explanation(
+            rejected_by=self.bloom.explain(filter, int(row[0])),
+            list_rank=rank,
+            probed=rank < (self.nprobe if nprobe is None else nprobe),
+            score=score,
+            code_score=code_score,
+        )
+
+    def _rows_mask(self, ids) -> UInt32[Array, "Q words"]:
+        """Bits of the rows that hold these items."""
+        num_rows = self.ivf.row_ids.shape[0]
+        rows = self.ivf.rows_of(ids)
+        rows = jnp.sort(jnp.where(rows >= 0, rows, num_rows), axis=1)
+        first = jnp.diff(rows, axis=1, prepend=-1) > 0
+        # Distinct rows have distinct bits, so adding them up is the same as OR.
+        bit = jnp.uint32(1) << (rows % 32).astype(jnp.uint32)
+        bits = jnp.where(first & (rows < num_rows), bit, 0)
+        queries = jnp.arange(len(rows))[:, None]
+        words = jnp.minimum(rows // 32, num_rows // 32 - 1)
+        return jnp.zeros((len(rows), num_rows // 32), jnp.uint32).at[queries, words].add(bits)
+
+
+def _positions(ids: Int[np.ndarray, "N"], row_ids: Int32[np.ndarray, "R"]) -> Int[np.ndarray, "R"]:
+    """For each row the place of its item in `ids`, -1 for rows without one."""
+    by_id = np.argsort(ids)
+    places = by_id[np.minimum(np.searchsorted(ids[by_id], row_ids), len(ids) - 1)]
+    return np.where(row_ids >= 0, places, -1)
+
+
+def _in_rows(columns: Mapping[str, _Array], order: Int[np.ndarray, "R"]) -> dict[str, Array]:
+    """Columns of items as columns of rows; zeros where a row has no item."""
+    held = np.flatnonzero(order >= 0)
+
+    def place(column):
+        column = np.asarray(column)
+        rows = np.zeros((len(order), *column.shape[1:]), column.dtype)
+        rows[held] = column[order[held]]
+        return jnp.asarray(rows)
+
+    return {name: place(column) for name, column in columns.items()}
