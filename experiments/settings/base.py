@@ -20,7 +20,7 @@ from jaxrec.data import (
 )
 from jaxrec.data.splits import SplitReport
 from jaxrec.nn import HSTU, HSTUConfig, SASRec, SASRecConfig
-from jaxrec.train import OptimizerConfig, TrainConfig
+from jaxrec.train import LossConfig, OptimizerConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,16 @@ SMALL_CATALOGUE = TrainConfig(
     patience=5,
 )
 """Training for catalogues of some ten thousand items and short histories."""
+
+
+LARGE_CATALOGUE = TrainConfig(
+    loss=LossConfig("sampled", num_negatives=512),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=500),
+    num_epochs=100,
+    eval_users=8192,
+    patience=10,
+)
+"""Training for catalogues too large for a softmax over all items; batch sizes are a setting's."""
 
 
 def sasrec(data: Path, *published: Published) -> Setting:

@@ -3,22 +3,14 @@
 Leave-one-out, full ranking, history filtered. Made for a GPU; sizes after the HSTU paper.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
-from experiments.settings.base import Setting
+from experiments.settings.base import LARGE_CATALOGUE, Setting
 from jaxrec.nn import HSTUConfig, SASRecConfig
-from jaxrec.train import LossConfig, OptimizerConfig, TrainConfig
 
 DATA = Path("data/ml-20m")
-TRAIN = TrainConfig(
-    token_budget=25_600,
-    max_sequences=256,
-    loss=LossConfig("sampled", num_negatives=512),
-    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=500),
-    num_epochs=100,
-    eval_users=8192,
-    patience=10,
-)
+TRAIN = replace(LARGE_CATALOGUE, token_budget=25_600, max_sequences=256)
 
 
 def sasrec() -> Setting:
