@@ -1,5 +1,6 @@
 """Thin Flax (NNX) modules: parameters, and one call into a pure function."""
 
+from jaxrec.nn.formula import FormulaError as FormulaError
 from jaxrec.nn.hstu import HSTU as HSTU
 from jaxrec.nn.hstu import HSTUConfig as HSTUConfig
 from jaxrec.nn.mixture_of_logits import MixtureOfLogits as MixtureOfLogits
@@ -16,3 +17,4 @@ from jaxrec.nn.towers import TaskHeadsConfig as TaskHeadsConfig
 from jaxrec.nn.towers import TwoStage as TwoStage
 from jaxrec.nn.towers import TwoStageConfig as TwoStageConfig
 from jaxrec.nn.towers import overarch_of as overarch_of
+from jaxrec.nn.value_model import ValueModel as ValueModel
