@@ -9,7 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxrec.typing import PADDING_ID
 
@@ -126,8 +126,7 @@ def _score_candidates(
     target = jnp.einsum("md,md->m", hidden, table[target_ids], preferred_element_type=jnp.float32)
     formula = "md,sd->ms" if negative_ids.ndim == 1 else "md,msd->ms"
     negatives = jnp.einsum(formula, hidden, table[negative_ids], preferred_element_type=jnp.float32)
-    usable = (negative_ids != target_ids[:, None]) & (negative_ids != PADDING_ID)
-    return target, jnp.where(usable, negatives, NEVER)
+    return target, jnp.where(usable_negatives(target_ids, negative_ids), negatives, NEVER)
 
 
 def sampled_softmax_loss(
@@ -157,11 +156,44 @@ def sampled_softmax_loss(
     """
     _check_negatives(negative_ids, target_ids)
     target, negatives = _score_candidates(hidden, table, target_ids, negative_ids)
+    return _sampled_softmax(target, negatives, target_ids, negative_ids, log_q)
+
+
+def scored_softmax_loss(
+    target_scores: Float[jax.Array, "M"],
+    negative_scores: Float[jax.Array, "M S"],
+    target_ids: Int[jax.Array, "M"],
+    negative_ids: Int[jax.Array, "*negatives"],
+    *,
+    log_q: Float[jax.Array, "V"] | None = None,
+) -> Float[jax.Array, ""]:
+    """`sampled_softmax_loss` for scores of any similarity, such as an over-arch.
+
+    Args:
+      target_scores, negative_scores: f32 scores of `target_ids` and `negative_ids`.
+      negative_ids, log_q: as there.
+
+    Raises:
+      ValueError: negative_ids is neither [S] nor [M, S].
+    """
+    _check_negatives(negative_ids, target_ids)
+    negative_scores = jnp.where(usable_negatives(target_ids, negative_ids), negative_scores, NEVER)
+    return _sampled_softmax(target_scores, negative_scores, target_ids, negative_ids, log_q)
+
+
+def _sampled_softmax(target, negatives, target_ids, negative_ids, log_q) -> jax.Array:
     if log_q is not None:
         negatives -= log_q[negative_ids] + math.log(max(1, negative_ids.shape[-1]))
     logits = jnp.concatenate([target[:, None], negatives], axis=1)
     loss = jax.nn.logsumexp(logits, axis=1) - target
     return _mean_over_targets(loss, target_ids)
+
+
+def usable_negatives(
+    target_ids: Int[jax.Array, "M"], negative_ids: Int[jax.Array, "*negatives"]
+) -> Bool[jax.Array, "M S"]:
+    """Negatives that are neither their target nor padding."""
+    return (negative_ids != target_ids[:, None]) & (negative_ids != PADDING_ID)
 
 
 def gbce_loss(

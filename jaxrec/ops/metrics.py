@@ -80,6 +80,39 @@ def _contains(ids: jax.Array, size: int) -> Bool[jax.Array, "B {size}"]:
     return jnp.zeros((ids.shape[0], size), bool).at[rows, columns].set(True, mode="drop")
 
 
+def candidate_scores(
+    hidden: Float[jax.Array, "B D"],
+    table: Float[jax.Array, "V D"],
+    target_ids: Int[jax.Array, "B"],
+    history_ids: Int[jax.Array, "B L"],
+) -> Float[jax.Array, "B V"]:
+    """Dot products, -inf for what the protocol leaves out: padding and the history (see above)."""
+    scores = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)
+    left_out = _contains(history_ids, table.shape[0])
+    left_out &= jnp.arange(table.shape[0]) != target_ids[:, None]
+    return jnp.where(left_out.at[:, PADDING_ID].set(True), -jnp.inf, scores)
+
+
+def reranked(
+    scores: Float[jax.Array, "B K0"],
+    candidate_ids: Int[jax.Array, "B K0"],
+    target_ids: Int[jax.Array, "B"],
+    ranks: Int[jax.Array, "B"],
+) -> Int[jax.Array, "B"]:
+    """The targets' ranks once the candidates are ordered by `scores`.
+
+    Ties rank before the target and so does NaN, as everywhere here. A target that is no candidate
+    keeps its place in `ranks`.
+
+    Args:
+      scores: -inf where there is no candidate.
+    """
+    is_target = candidate_ids == target_ids[:, None]
+    target = jnp.max(jnp.where(is_target, scores, -jnp.inf), axis=1, keepdims=True)
+    ahead = ~(scores < target) & ~is_target & ~jnp.isneginf(scores)
+    return jnp.where(is_target.any(axis=1), ahead.sum(axis=1), ranks).astype(jnp.int32)
+
+
 def ranking_metrics(
     ranks: Int[np.ndarray | jax.Array, "B"], cutoffs: Sequence[int] = (5, 10, 20)
 ) -> dict[str, float]:

@@ -8,6 +8,7 @@ from jaxrec.train.checkpoint import Restored as Restored
 from jaxrec.train.config_diff import ConfigMismatch as ConfigMismatch
 from jaxrec.train.evaluate import evaluate_ranking as evaluate_ranking
 from jaxrec.train.evaluate import make_rank_fn as make_rank_fn
+from jaxrec.train.evaluate import make_rerank_fn as make_rerank_fn
 from jaxrec.train.evaluate import popularity_ranks as popularity_ranks
 from jaxrec.train.evaluate import user_ranks as user_ranks
 from jaxrec.train.loop import LastSaveError as LastSaveError
@@ -21,6 +22,7 @@ from jaxrec.train.optim import make_schedule as make_schedule
 from jaxrec.train.progress import Progress as Progress
 from jaxrec.train.progress import read_log as read_log
 from jaxrec.train.step import LossConfig as LossConfig
+from jaxrec.train.step import OverArchLoss as OverArchLoss
 from jaxrec.train.step import StepMetrics as StepMetrics
 from jaxrec.train.step import TrainState as TrainState
 from jaxrec.train.step import init_state as init_state

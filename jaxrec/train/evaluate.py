@@ -13,7 +13,7 @@ from jaxtyping import Int
 from jaxrec.data import EvalSet, eval_batches
 from jaxrec.functional import split_params
 from jaxrec.ops.jagged import JaggedBatch
-from jaxrec.ops.metrics import ranking_metrics, target_ranks
+from jaxrec.ops.metrics import candidate_scores, ranking_metrics, reranked, target_ranks
 from jaxrec.typing import PyTree
 
 MAX_IN_FLIGHT = 8  # batches dispatched before the first result is fetched: bounds the memory
@@ -33,6 +33,53 @@ def make_rank_fn(model: nnx.Module) -> RankFn:
         return target_ranks(hidden, module.item_embeddings(), targets, history_ids)
 
     return rank
+
+
+def make_rerank_fn(model: nnx.Module, *, num_candidates: int, block: int = 32) -> RankFn:
+    """As `make_rank_fn`, with the best `num_candidates` by dot product re-ranked by the over-arch.
+
+    A target that is not among the candidates keeps its rank by dot product.
+
+    Args:
+      model: a `TwoStage` model, or one with `overarch` besides `encode` and `item_embeddings`.
+      num_candidates: K0; all items at most. Users' histories are no candidates.
+      block: users scored at a time: memory is block·K0 rows of the over-arch's components.
+    """
+    rebuild, _ = split_params(model)
+
+    @jax.jit
+    def rank(params: PyTree, batch: JaggedBatch, history_ids: jax.Array) -> jax.Array:
+        module: Any = rebuild(params)
+        hidden = module.encode(batch)[batch.target_positions]
+        table, targets = module.item_embeddings(), jnp.asarray(batch.target_ids)
+        by_dot = target_ranks(hidden, table, targets, history_ids)
+        components = module.overarch.item_components(table)
+        k = min(num_candidates, table.shape[0] - 1)
+
+        def one_block(rows):
+            query, target, history, rank = rows
+            scores = candidate_scores(query, table, target, history)
+            ids = jax.lax.top_k(scores, k)[1]
+            valid = jnp.take_along_axis(scores, ids, axis=1) > -jnp.inf
+            chosen = jax.tree.map(lambda column: column[ids], components)
+            return reranked(module.overarch(query, chosen, valid), ids, target, rank)
+
+        rows = (hidden, targets, jnp.asarray(history_ids), by_dot)
+        return _in_blocks(one_block, rows, block)
+
+    return rank
+
+
+def _in_blocks(function: Callable[[Any], jax.Array], rows: Any, block: int) -> jax.Array:
+    """function(rows), with so many rows at a time; filled up with zeros."""
+    num_rows = jax.tree.leaves(rows)[0].shape[0]
+    num_blocks = -(-num_rows // block)
+
+    def split(x):
+        padding = [(0, num_blocks * block - num_rows)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(num_blocks, block, *x.shape[1:])
+
+    return jax.lax.map(function, jax.tree.map(split, rows)).reshape(-1)[:num_rows]
 
 
 def evaluate_ranking(

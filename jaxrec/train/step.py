@@ -12,11 +12,14 @@ from jaxtyping import Float, Int
 
 from jaxrec.data import PopularitySampler, UniformSampler
 from jaxrec.functional import copy_params, leaf_names, split_params
+from jaxrec.nn import overarch_of
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.ops.losses import (
     full_softmax_loss,
     gbce_loss,
     sampled_softmax_loss,
+    scored_softmax_loss,
+    usable_negatives,
 )
 from jaxrec.typing import PADDING_ID, PyTree
 
@@ -66,6 +69,33 @@ type TrainStep = Callable[[TrainState, JaggedBatch], tuple[TrainState, StepMetri
 
 
 @dataclass(frozen=True)
+class OverArchLoss:
+    """How an over-arch is trained beside its towers: a sampled softmax over its own scores.
+
+    Attributes:
+      weight: of this loss; the towers' has 1.
+      num_negatives: items drawn, shared by the batch.
+      negatives: "uniform", or "popularity" (count + 1) ** 0.75; the loss corrects for either.
+      train_towers: whether its gradient reaches the towers; False trains the over-arch alone.
+    """
+
+    weight: float = 1.0
+    num_negatives: int = 256
+    negatives: Literal["uniform", "popularity"] = "uniform"
+    train_towers: bool = True
+
+    def __post_init__(self):
+        if self.negatives not in ("uniform", "popularity"):
+            raise ValueError(
+                f"unknown negatives {self.negatives!r}; expected uniform or popularity"
+            )
+        if self.num_negatives < 1:
+            raise ValueError(f"num_negatives is {self.num_negatives}; expected at least 1")
+        if not self.weight > 0:
+            raise ValueError(f"weight is {self.weight}; expected a number above 0")
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Which loss, and its negatives.
 
@@ -77,6 +107,7 @@ class LossConfig:
       per_target: draws negatives for every target on its own.
       temperature: scores are divided by it.
       calibration: gBCE's t.
+      overarch: loss of the model's over-arch, added to this; None for a model without one.
     """
 
     name: Literal["full", "sampled", "gbce"] = "full"
@@ -85,6 +116,7 @@ class LossConfig:
     per_target: bool = False
     temperature: float = 1.0
     calibration: float = 0.75
+    overarch: OverArchLoss | None = None
 
     def __post_init__(self):
         if self.name not in ("full", "sampled", "gbce"):
@@ -123,6 +155,43 @@ def target_loss(
     return gbce_loss(hidden, table, target_ids, negatives, calibration=config.calibration)
 
 
+def overarch_loss(
+    config: OverArchLoss,
+    overarch: Any,
+    hidden: Float[jax.Array, "M D"],
+    table: Float[jax.Array, "V D"],
+    target_ids: Int[jax.Array, "M"],
+    key: jax.Array,
+    sampler: Sampler,
+) -> Float[jax.Array, ""]:
+    """Sampled softmax with the over-arch as the similarity.
+
+    Pointwise over-archs score the shared negatives once for all; a listwise one scores each
+    target together with the negatives, first in a list whose order it does not see.
+    """
+    if not config.train_towers:
+        hidden, table = jax.lax.stop_gradient((hidden, table))
+    negatives = sampler.draw(key, (config.num_negatives,))
+    usable = usable_negatives(target_ids, negatives)
+    components = overarch.item_components(table)
+    target = jax.tree.map(lambda column: column[target_ids][:, None], components)
+    shared = jax.tree.map(lambda column: column[negatives][None], components)
+    present = jnp.ones((*target_ids.shape, 1), bool)
+    if overarch.listwise:
+        beside = jax.tree.map(
+            lambda s, t: jnp.broadcast_to(s, (*t.shape[:1], *s.shape[1:])), shared, target
+        )
+        listed = jax.tree.map(lambda t, s: jnp.concatenate([t, s], axis=1), target, beside)
+        scores = overarch(hidden, listed, jnp.concatenate([present, usable], axis=1))
+        target_scores, negative_scores = scores[:, 0], scores[:, 1:]
+    else:
+        target_scores = overarch(hidden, target, present)[:, 0]
+        negative_scores = overarch(hidden, shared, usable)
+    log_q = jnp.asarray(sampler.log_q)
+    loss = scored_softmax_loss(target_scores, negative_scores, target_ids, negatives, log_q=log_q)
+    return config.weight * loss
+
+
 def init_state(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
@@ -150,15 +219,28 @@ def make_step(
     schedule: optax.Schedule,
     ema_decay: float | None = None,
     sampler: Sampler | None = None,
+    overarch_sampler: Sampler | None = None,
 ) -> TrainStep:
     """Builds the jitted step of `model` (anything with `encode` and `item_embeddings`).
 
     The state is donated: use the returned one. `ema_decay` must be that of `init_state`.
-    `sampler` draws the negatives; None draws them uniformly.
+    `sampler` draws the negatives, `overarch_sampler` the over-arch's; None draws uniformly.
+
+    Raises:
+      ValueError: the model has an over-arch and the loss is not told how to train it, or the
+        other way about.
     """
     _check_decay(ema_decay)
+    if (overarch_of(model) is None) != (loss.overarch is None):
+        raise ValueError(
+            "a model with an over-arch is trained with LossConfig(overarch=OverArchLoss(...)), "
+            "one without it with overarch=None"
+        )
     num_items = jax.eval_shape(model.item_embeddings).shape[0] - 1  # pyright: ignore
     drawn = UniformSampler.create(num_items) if sampler is None else sampler
+    drawn_for_overarch = (
+        UniformSampler.create(num_items) if overarch_sampler is None else overarch_sampler
+    )
     rebuild, _ = split_params(model)
 
     def batch_loss(params: PyTree, batch: JaggedBatch, key: jax.Array) -> jax.Array:
@@ -167,7 +249,13 @@ def make_step(
         hidden = module.encode(batch, key=dropout_key)[batch.target_positions]
         table = module.item_embeddings().astype(hidden.dtype)
         target_ids = jnp.asarray(batch.target_ids)
-        return target_loss(loss, hidden, table, target_ids, negatives_key, drawn)
+        value = target_loss(loss, hidden, table, target_ids, negatives_key, drawn)
+        if loss.overarch is None:
+            return value
+        key = jax.random.fold_in(negatives_key, 1)
+        return value + overarch_loss(
+            loss.overarch, module.overarch, hidden, table, target_ids, key, drawn_for_overarch
+        )
 
     def step(state: TrainState, batch: JaggedBatch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="rbg"), state.step)

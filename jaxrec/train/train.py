@@ -83,7 +83,8 @@ def train(
 
     Args:
       model: an NNX module with `config` (a dataclass with `max_len`), `encode(batch, key=)` and
-        `item_embeddings()`, such as `SASRec` or `HSTU`.
+        `item_embeddings()`, such as `SASRec` or `HSTU`; with an `overarch` as well (see
+        `jaxrec.nn.TwoStage`) both are trained together.
       split: from `leave_one_out` or `time_split`.
       config: compared with that of the checkpoints when resuming, but for `num_epochs`,
         `eval_every`, `checkpoint_every`, `patience` and `keep`.
@@ -116,7 +117,8 @@ def train(
         loss=config.loss,
         schedule=make_schedule(config.optimizer),
         ema_decay=config.ema_decay,
-        sampler=_sampler(config.loss, split),
+        sampler=_sampler(config.loss.negatives, split),
+        overarch_sampler=config.loss.overarch and _sampler(config.loss.overarch.negatives, split),
     )
     steps_per_epoch = batches.num_batches_per_epoch
     loop_config = LoopConfig(
@@ -142,8 +144,8 @@ def train(
         )
 
 
-def _sampler(loss: LossConfig, split: Split) -> Sampler | None:
-    if loss.negatives == "popularity":
+def _sampler(negatives: str, split: Split) -> Sampler | None:
+    if negatives == "popularity":
         return PopularitySampler.from_counts(item_counts(split.train))
     return None
 

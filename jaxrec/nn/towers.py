@@ -1,0 +1,118 @@
+"""What stands on an encoder: heads that make one query a task, and the two-stage model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxrec.nn.checks import check_at_least
+from jaxrec.ops.jagged import JaggedBatch
+
+
+@dataclass(frozen=True)
+class TaskHeadsConfig:
+    """Shape of `TaskHeads`.
+
+    Attributes:
+      width: of encoder states and item embeddings.
+      tasks: their names, in the order of the queries.
+      hidden: width of each head's hidden layer.
+    """
+
+    width: int
+    tasks: tuple[str, ...]
+    hidden: int = 64
+
+    def __post_init__(self):
+        check_at_least(self, width=1, hidden=1)
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(
+                f"TaskHeadsConfig.tasks is {self.tasks}; expected one name or more, all different"
+            )
+
+
+class TaskHeads(nnx.Module):
+    """One query a task from one encoder state; the item embeddings are shared by all tasks.
+
+        query[t] = state + down[t] · silu(up[t] · state + bias[t])
+
+    `down` starts at zero: every task begins with the encoder's state as its query.
+    Cost: 4·T·D·hidden FLOPs a state.
+    """
+
+    def __init__(self, config: TaskHeadsConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        tasks, width, hidden = len(config.tasks), config.width, config.hidden
+        shape = (tasks, width, hidden)
+        self.up = nnx.Param(width**-0.5 * jax.random.normal(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros((tasks, hidden)))
+        self.down = nnx.Param(jnp.zeros((tasks, hidden, width)))
+
+    def __call__(self, state: Float[Array, "*rows D"]) -> Float[Array, "*rows T D"]:
+        """The tasks' queries, in the dtype of the state."""
+        up, bias, down = (p[...].astype(state.dtype) for p in (self.up, self.bias, self.down))
+        hidden = jax.nn.silu(jnp.einsum("...d,tdh->...th", state, up) + bias)
+        return state[..., None, :] + jnp.einsum("...th,thd->...td", hidden, down)
+
+    def index(self, task: str) -> int:
+        """Position of a task among the queries.
+
+        Raises:
+          ValueError: there is no such task.
+        """
+        if task not in self.config.tasks:
+            raise ValueError(f"unknown task {task!r}; known are {', '.join(self.config.tasks)}")
+        return self.config.tasks.index(task)
+
+
+@dataclass(frozen=True)
+class TwoStageConfig:
+    """Configurations of a `TwoStage` model's parts, for checkpoints and comparisons."""
+
+    towers: Any
+    overarch: Any
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.towers.max_len
+
+
+class TwoStage(nnx.Module):
+    """Towers that retrieve by dot product, and an over-arch that re-ranks; trained together.
+
+    Wherever a sequence model is taken, this is one: `encode` and `item_embeddings` are the
+    towers'. Training adds the over-arch's loss (see `jaxrec.train.OverArchLoss`).
+
+    Args:
+      towers: a model with `config`, `encode` and `item_embeddings`, such as `SASRec`.
+      overarch: such as `MixtureOfLogits`; of the towers' width.
+
+    Raises:
+      ValueError: the widths differ.
+    """
+
+    def __init__(self, towers: Any, overarch: Any):
+        if towers.config.width != overarch.config.width:
+            raise ValueError(
+                f"the towers' width is {towers.config.width}, the over-arch's "
+                f"{overarch.config.width}; give both the same"
+            )
+        self.config = TwoStageConfig(towers.config, overarch.config)
+        self.towers, self.overarch = towers, overarch
+
+    def encode(self, batch: JaggedBatch, *, key: jax.Array | None = None) -> Float[Array, "T D"]:
+        """The towers' hidden states."""
+        return self.towers.encode(batch, key=key)
+
+    def item_embeddings(self) -> Float[Array, "V D"]:
+        """The towers' item embeddings."""
+        return self.towers.item_embeddings()
+
+
+def overarch_of(model: Any) -> Any | None:
+    """The model's over-arch, or None if it has none."""
+    return getattr(model, "overarch", None)
