@@ -1,7 +1,8 @@
 """Retrieval as one model: filters, indexes, retriever, publishing."""
 
 from jaxrec.retrieval.bloom_index import BloomIndex
-from jaxrec.retrieval.filters import F, Filter, FilterError, parse_filter
+from jaxrec.retrieval.filter_text import parse_filter
+from jaxrec.retrieval.filters import F, Filter, FilterError
 from jaxrec.retrieval.item_index import Explanation, ItemIndex
 from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
 from jaxrec.retrieval.masks import unpack_mask
