@@ -33,6 +33,16 @@ def set_bits(
     return queries[which], words[which] * 32 + lanes
 
 
+def bits_by_word(
+    positions: Int[np.ndarray, "n"],
+) -> tuple[Int[np.ndarray, "w"], UInt32[np.ndarray, "w"]]:
+    """(words, their bits) that stand for the positions, each word once. Host only."""
+    words, lanes = np.divmod(np.sort(positions), 32)
+    words, starts = np.unique(words, return_index=True)
+    bits = np.uint32(1) << lanes.astype(np.uint32)
+    return words, np.bitwise_or.reduceat(bits, starts) if len(starts) else bits
+
+
 def to_row_order(
     mask: UInt32[_Array, "Q item_words"], row_ids: Int32[_Array, "R"]
 ) -> UInt32[Array, "Q words"]:

@@ -32,8 +32,9 @@ class BloomMasks(NamedTuple):
 def bloom_search(
     rows: UInt32[jax.Array | np.ndarray, "R W"],
     row_offsets: Int32[jax.Array | np.ndarray, "G1"],
-    opcodes: Int32[jax.Array | np.ndarray, "Q P"],
-    operands: UInt32[jax.Array | np.ndarray, "Q P K"],
+    opcodes: Int32[jax.Array | np.ndarray, "F P"],
+    operands: UInt32[jax.Array | np.ndarray, "F P K"],
+    plan_of_query: Int32[jax.Array | np.ndarray, "Q"] | None = None,
     *,
     num_head: int,
     num_items: int,
@@ -84,10 +85,10 @@ def bloom_search(
         from pallas_kernels.bloom import mosaic_gpu  # 1 s of imports that the CPU never needs
 
         run = mosaic_gpu.with_config(tiles)
-    possibly, surely = run(
-        rows, row_offsets, opcodes, operands, num_head=num_head, num_items=num_items
-    )
-    return BloomMasks(possibly, surely)
+    masks = run(rows, row_offsets, opcodes, operands, num_head=num_head, num_items=num_items)
+    if plan_of_query is not None:
+        masks = (mask[plan_of_query] for mask in masks)
+    return BloomMasks(*masks)
 
 
 def _check(
