@@ -32,7 +32,8 @@ def value_text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int | np.integer):
         return str(int(value))
-    raise FilterError(f"a filter value is a string or an integer, not {value!r}")
+    hint = "; write None for a missing value" if value is None or value != value else ""
+    raise FilterError(f"a filter value is a string or an integer, not {value!r}{hint}")
 
 
 class Filter:

@@ -263,18 +263,22 @@ def _column(name: str, column: Any) -> tuple[Int[np.ndarray, "n"], list[str], In
         values, inverse = np.unique(column, return_inverse=True)
         items = np.repeat(np.arange(len(column)), column.size // max(len(column), 1))
         return items, [value_text(value) for value in values], inverse.ravel()
-    items: list[int] = []
+    owners: list[int] = []
     ranks: list[int] = []
     numbers: dict[str, int] = {}
+    rank_of: dict[tuple[type, Any], int] = {}  # 1 and True are equal, and not the same value
     for item, entry in enumerate(column):
         for value in _entry_values(entry):
-            try:
-                text = value_text(value)
-            except FilterError as error:
-                raise FilterError(f"feature {name!r} of item {item}: {error}") from None
-            items.append(item)
-            ranks.append(numbers.setdefault(text, len(numbers)))
-    return np.array(items, np.int64), list(numbers), np.array(ranks, np.int64)
+            rank = rank_of.get((type(value), value)) if isinstance(value, str | int) else None
+            if rank is None:
+                try:
+                    text = value_text(value)
+                except FilterError as error:
+                    raise FilterError(f"feature {name!r} of item {item}: {error}") from None
+                rank = rank_of[type(value), value] = numbers.setdefault(text, len(numbers))
+            owners.append(item)
+            ranks.append(rank)
+    return np.array(owners, np.int64), list(numbers), np.array(ranks, np.int64)
 
 
 def _entry_values(entry: Any) -> Sequence[Any]:
@@ -282,6 +286,8 @@ def _entry_values(entry: Any) -> Sequence[Any]:
         return ()
     if isinstance(entry, np.ndarray):
         return tuple(entry.ravel())
-    if isinstance(entry, list | tuple | set | frozenset):
+    if isinstance(entry, list | tuple):
+        return entry
+    if isinstance(entry, set | frozenset):
         return tuple(entry)
     return (entry,)

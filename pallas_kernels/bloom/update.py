@@ -68,7 +68,7 @@ def bloom_update(
     heights = offsets[bundles + 1] - offsets[bundles]
     cells = np.cumsum(heights)
     clear, add = (_clear_in_place, _add_in_place) if donate else (_clear, _add)
-    rows = jnp.asarray(rows)
+    new_rows = jnp.asarray(rows)
     done = 0
     while done < len(columns):
         before = cells[done] - heights[done]
@@ -76,13 +76,13 @@ def bloom_update(
         part = slice(done, end)
         arrays = (offsets[bundles[part]], heights[part], columns[part] % bundle_words, keep[part])
         num_cells = _rounded(int(cells[end - 1] - before))
-        rows = clear(rows, *_padded(*arrays), num_cells=num_cells)
+        new_rows = clear(new_rows, *_padded(*arrays), num_cells=num_cells)
         clear, done = _clear_in_place, end  # later chunks own what the first one made
     if not len(set_rows):
-        return rows
+        return new_rows
     bits = np.uint32(1) << (set_items % 32).astype(np.uint32)
     padded = _padded(set_rows, set_items // 32 % bundle_words, bits, fill=rows.shape[0])
-    return (_add_in_place if len(columns) else add)(rows, *padded)
+    return (_add_in_place if len(columns) else add)(new_rows, *padded)
 
 
 def _bits(

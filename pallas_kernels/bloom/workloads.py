@@ -93,14 +93,16 @@ class BloomWorkload:
     def run(
         self,
         *arrays: Any,
+        tile_words: int = 2,
         backend: Backend | None = None,
         config: BloomConfig | None = None,
     ) -> BloomMasks:
-        """`bloom_search` of (rows, row_offsets, opcodes, operands) with the static arguments."""
+        """`bloom_search` of (rows, row_offsets, opcodes, operands, …) with its static ones."""
         return bloom_search(
             *arrays,
             num_head=self.num_head,
             num_items=self.num_items,
+            tile_words=tile_words,
             backend=backend,
             config=config,
         )
