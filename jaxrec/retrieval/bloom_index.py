@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int, Int32, UInt32
 from jaxrec.retrieval.bloom_layout import (
     bit_rows,
     bits_per_tail_term,
+    placement,
     reordered,
     split_pairs,
     tail_counts,
@@ -25,22 +26,16 @@ from jaxrec.retrieval.bloom_layout import (
 )
 from jaxrec.retrieval.bloom_update import (
     TermPool,
+    checked_positions,
     clear_live,
+    length_bound,
     make_pool,
     replace_terms,
     spare_slots,
 )
-from jaxrec.retrieval.filter_text import parse_filter, unknown_feature
-from jaxrec.retrieval.filters import (
-    And,
-    Everything,
-    Filter,
-    FilterError,
-    Not,
-    Or,
-    Term,
-)
-from jaxrec.retrieval.masks import pack_bits, set_bits
+from jaxrec.retrieval.filter_text import FilterLike, to_tree
+from jaxrec.retrieval.filters import Term, rejecting_part
+from jaxrec.retrieval.masks import pack_bits, set_bits, tile_word_numbers
 from jaxrec.retrieval.plan import FilterPlan, compile_plan, evaluate
 from jaxrec.retrieval.terms import ItemTerms, TermCatalog, collect_terms, number_terms
 from pallas_kernels import BloomMasks, bloom_search, bloom_update
@@ -48,7 +43,6 @@ from pallas_kernels import BloomMasks, bloom_search, bloom_update
 _VERIFY_CHUNK = 1 << 16
 
 type _Array = jax.Array | np.ndarray
-type FilterLike = str | Filter | None
 
 
 @functools.partial(
@@ -144,7 +138,7 @@ class BloomIndex:
                 "expected a probability between 0 and 1, and at least 1 of each"
             )
         pairs, catalog = collect_terms(features)
-        placed = _placement(pairs.num_items, order, capacity)
+        placed = placement(pairs.num_items, order, capacity)
         pairs = reordered(pairs, placed)
         num_live = int((placed >= 0).sum())
         catalog = with_head(pairs, catalog, num_live, bits_per_tail_term(max_fpr, num_hashes))
@@ -212,7 +206,7 @@ class BloomIndex:
         items' bundles and K a tail term. Without `donate`, a copy of all arrays. Reclaiming former
         segments, once in as many pairs as slots are spare, reads all terms on the host.
         """
-        positions = self._checked(positions)
+        positions = checked_positions(positions, self.num_items)
         pairs = number_terms(features, self.catalog, num_items=len(positions))
         placed = ItemTerms(pairs.num_items, positions[pairs.items], pairs.terms)
         rows = bloom_update(
@@ -224,7 +218,7 @@ class BloomIndex:
         most = int(np.bincount(pairs.items, minlength=1).max())
         return replace(
             self, rows=rows, live=live, term_spans=pool.spans, term_values=pool.values,
-            terms_used=pool.used, max_item_terms=max(self.max_item_terms, _bound(most)),
+            terms_used=pool.used, max_item_terms=max(self.max_item_terms, length_bound(most)),
         )  # fmt: skip
 
     def clear(
@@ -241,16 +235,23 @@ class BloomIndex:
 
         Cost: one word an item; without `donate` a copy of `live`.
         """
-        live = clear_live(self.live, self._checked(positions), donate=donate)
+        live = clear_live(self.live, checked_positions(positions, self.num_items), donate=donate)
         return replace(self, live=live)
 
-    def compile(self, filters: Sequence[FilterLike]) -> FilterPlan:
+    def compile(self, filters: Sequence[FilterLike], *, share: bool = False) -> FilterPlan:
         """The programs of one filter a query: text, tree, or None for everything.
+
+        Args:
+          filters: one a query. Values that no item had so far match nothing, also later.
+          share: equal filters become one program, evaluated once. The number of programs is rounded
+            up to a power of two, so plans then come in a few more shapes. See also
+            `FilterPlan.for_queries`.
 
         Raises:
           FilterError: with the place in the text; for an unknown feature also the known ones.
         """
-        return compile_plan([self._tree(f) for f in filters], self.catalog, self.num_hashes)
+        trees = [to_tree(f, self.catalog.features) for f in filters]
+        return compile_plan(trees, self.catalog, self.num_hashes, share=share)
 
     def check_plan(self, plan: FilterPlan) -> None:
         """Raises ValueError for a plan of another catalogue; costs nothing, also while tracing."""
@@ -260,19 +261,36 @@ class BloomIndex:
                 "compile the filters with this index, or with one that shares its catalogue"
             )
 
-    def masks(self, plan: FilterPlan) -> BloomMasks:
+    def masks(
+        self,
+        plan: FilterPlan,
+        tiles: Int32[_Array, "Q T"] | None = None,
+        *,
+        tile_words: int = 2,
+    ) -> BloomMasks:
         """(possibly, surely), u32[Q, words] each; traceable. Bits without an item are 0.
+
+        Args:
+          plan: from `compile`.
+          tiles: for each query the tiles of `tile_words` words to look at, -1 for none, such as the
+            64-item tiles of the lists that a search probes; the masks then are these tiles' words,
+            u32[Q, T·tile_words]; see `spread_tiles`. None looks at all.
+          tile_words: the GPU kernel needs a multiple of 128; see `pallas_kernels.bloom_search`.
 
         Raises:
           ValueError: the plan was compiled for another catalogue.
         """
         self.check_plan(plan)
         found = bloom_search(
-            self.rows, self.row_offsets, plan.opcodes, plan.operands, plan.plan_of_query,
-            num_head=self.num_head, num_items=self.num_items,
+            self.rows, self.row_offsets, plan.opcodes, plan.operands, plan.plan_of_query, tiles,
+            num_head=self.num_head, num_items=self.num_items, tile_words=tile_words,
         )  # fmt: skip
         words = self.live.shape[0]
-        return BloomMasks(*(mask[:, :words] & self.live for mask in found))
+        if tiles is None:
+            return BloomMasks(*(mask[:, :words] & self.live for mask in found))
+        places = tile_word_numbers(tiles, tile_words)
+        live = jnp.asarray(self.live).at[places].get(mode="fill", fill_value=0)
+        return BloomMasks(*(mask & live for mask in found))
 
     def search(self, plan: FilterPlan, *, exact: bool = False) -> UInt32[Array, "Q words"]:
         """Mask of the items that pass: bit i % 32 of word i // 32, words = ceil(N / 32).
@@ -281,35 +299,40 @@ class BloomIndex:
           plan: from `compile`.
           exact: False gives a superset, and can be traced. True also checks every item that only
             possibly passes on its stored terms; it fetches the masks to the host.
+
+        Raises:
+          ValueError: the plan was compiled for another catalogue.
         """
-        possibly, surely = self.masks(plan)
         if not exact:
-            return possibly
+            return self.masks(plan).possibly
+        filters = plan.distinct()
+        possibly, surely = self.masks(filters)
         mask = np.array(possibly)
-        queries, positions = set_bits(mask & ~np.asarray(surely))
-        wrong = ~self._verify_pairs(plan, queries, positions)
-        queries, positions = queries[wrong], positions[wrong]
+        numbers, positions = set_bits(mask & ~np.asarray(surely))
+        wrong = ~self._verify_pairs(filters, numbers, positions)
+        numbers, positions = numbers[wrong], positions[wrong]
         bits = np.uint32(1) << (positions % 32).astype(np.uint32)
-        np.bitwise_and.at(mask, (queries, positions // 32), ~bits)
-        return jnp.asarray(mask)
+        np.bitwise_and.at(mask, (numbers, positions // 32), ~bits)
+        return plan.of_each_query(jnp.asarray(mask))
 
     def exact_mask(self, plan: FilterPlan) -> UInt32[Array, "Q words"]:
-        """What `search(plan, exact=True)` gives, traceable: evaluates every item, query by query.
+        """What `search(plan, exact=True)` gives, traceable: evaluates every item, filter by filter.
 
-        Cost: P · log2(most terms of an item) gathers for each of the Q · N pairs.
+        Cost: P · log2(most terms of an item) gathers for each of the F · N pairs.
         """
+        self.check_plan(plan)
+        filters = plan.distinct()
         positions = jnp.arange(self.live.shape[0] * 32, dtype=jnp.int32)
         positions = jnp.minimum(positions, self.num_items - 1)
         lanes = jnp.arange(32, dtype=jnp.uint32)
 
-        self.check_plan(plan)
-
-        def one_query(query):
-            passes = self._evaluate(plan, jnp.full_like(positions, query), positions)
+        def one_filter(number):
+            passes = self._evaluate(filters, jnp.full_like(positions, number), positions)
             bits = passes.reshape(-1, 32).astype(jnp.uint32) << lanes
             return jnp.sum(bits, axis=1, dtype=jnp.uint32) & self.live
 
-        return lax.map(one_query, jnp.arange(plan.num_queries, dtype=jnp.int32))
+        numbers = jnp.arange(filters.num_queries, dtype=jnp.int32)
+        return plan.of_each_query(lax.map(one_filter, numbers))
 
     def verify(self, plan: FilterPlan, rows: Int32[_Array, "Q M"]) -> Bool[Array, "Q M"]:
         """Whether each query's own items (bit positions) pass, exactly; False for -1. Traceable."""
@@ -334,37 +357,12 @@ class BloomIndex:
             raise ValueError(f"position {item} holds no item")
         begin, end = np.asarray(self.term_spans[item])
         held = {int(term) for term in self.term_values[begin:end]}
-        rejecting = _rejecting(self._tree(filter), lambda t: self._number(t) in held)
+        tree = to_tree(filter, self.catalog.features)
+        rejecting = rejecting_part(tree, lambda term: self._number(term) in held)
         return None if rejecting is None else str(rejecting)
-
-    def _tree(self, filter: FilterLike) -> Filter:
-        if filter is None:
-            return Everything()
-        if isinstance(filter, str):
-            return parse_filter(filter, features=self.catalog.features)
-        if not isinstance(filter, Filter):
-            raise FilterError(f"a filter is a text, a tree or None, not {filter!r}")
-        for term in terms_of(filter):
-            if term.feature not in self.catalog.features:
-                raise FilterError("; expected ".join(
-                    unknown_feature(term.feature, self.catalog.features)))  # fmt: skip
-        return filter
 
     def _number(self, term: Term) -> int:
         return int(self.catalog.numbers_of(self.catalog.hashes_of([(term.feature, term.value)]))[0])
-
-    def _checked(self, positions: Int[_Array, "M"] | Sequence[int]) -> Int32[np.ndarray, "M"]:
-        given = np.asarray(positions)
-        bad = np.flatnonzero((given < 0) | (given >= self.num_items))
-        if bad.size:
-            raise ValueError(
-                f"positions[{bad[0]}] is {given[bad[0]]}; the index has the positions 0 to "
-                f"{self.num_items - 1}"
-            )
-        values, counts = np.unique(given, return_counts=True)
-        if (counts > 1).any():
-            raise ValueError(f"position {values[counts > 1][0]} is given more than once")
-        return given.astype(np.int32)
 
     def _evaluate(self, plan, queries, positions):
         return evaluate(
@@ -380,46 +378,6 @@ class BloomIndex:
             padded = [np.pad(x, (0, size - len(x))).astype(np.int32) for x in chunk]
             passes.append(np.asarray(self._evaluate(plan, *padded))[: len(chunk[0])])
         return np.concatenate(passes) if passes else np.zeros(0, bool)
-
-
-def terms_of(tree: Filter) -> list[Term]:
-    """All terms of a tree, from left to right."""
-    match tree:
-        case Term():
-            return [tree]
-        case Not(operand):
-            return terms_of(operand)
-        case And(operands) | Or(operands):
-            return [term for operand in operands for term in terms_of(operand)]
-    return []
-
-
-def _rejecting(tree: Filter, holds) -> Filter | None:
-    """None if the item passes, else the part to blame: of an AND its first such operand."""
-    match tree:
-        case Everything():
-            return None
-        case Term():
-            return None if holds(tree) else tree
-        case Not(operand):
-            return tree if _rejecting(operand, holds) is None else None
-        case And(operands):
-            return next((r for o in operands if (r := _rejecting(o, holds)) is not None), None)
-        case Or(operands):
-            return None if any(_rejecting(o, holds) is None for o in operands) else tree
-    return tree
-
-
-def _placement(num_items: int, order: _Array | None, capacity: int | None) -> np.ndarray:
-    """The item at each bit position, -1 for none."""
-    if order is not None:
-        if capacity not in (None, len(order)):
-            raise ValueError(f"capacity is {capacity} and order has {len(order)} positions")
-        return np.asarray(order)
-    capacity = num_items if capacity is None else capacity
-    if capacity < num_items:
-        raise ValueError(f"capacity is {capacity}; the features describe {num_items} items")
-    return np.pad(np.arange(num_items), (0, capacity - num_items), constant_values=-1)
 
 
 def _assemble(
@@ -443,13 +401,8 @@ def _assemble(
         num_items=pairs.num_items,
         num_head=int(catalog.head_rows.max(initial=-1)) + 1,
         num_hashes=num_hashes,
-        max_item_terms=max(_bound(most), max_item_terms),
+        max_item_terms=max(length_bound(most), max_item_terms),
         tail_terms=int(tail_terms),
         max_fpr=max_fpr,
         catalog=catalog,
     )
-
-
-def _bound(num_terms: int) -> int:
-    """The most terms that a search of as many steps finds: verification compiles for steps."""
-    return (1 << num_terms.bit_length()) - 1

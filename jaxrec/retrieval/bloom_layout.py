@@ -1,15 +1,32 @@
 """Where a Bloom index puts what: exact rows for common values, widths of the bundles, the bits."""
 
+import jax
 import numpy as np
 from jaxtyping import Array, Int, Int32, UInt32
 
 from jaxrec.retrieval.terms import ItemTerms, TermCatalog, split_hashes
 from pallas_kernels import bloom_build
 
+type _Array = jax.Array | np.ndarray
+
 
 def bits_per_tail_term(max_fpr: float, num_hashes: int) -> float:
     """Bloom bits that a term takes in each item that has it: K / -ln(1 - max_fpr^(1/K))."""
     return num_hashes / -np.log1p(-(max_fpr ** (1 / num_hashes)))
+
+
+def placement(
+    num_items: int, order: Int[_Array, "N"] | None, capacity: int | None
+) -> Int[np.ndarray, "N"]:
+    """The item at each bit position, -1 for none."""
+    if order is not None:
+        if capacity not in (None, len(order)):
+            raise ValueError(f"capacity is {capacity} and order has {len(order)} positions")
+        return np.asarray(order)
+    capacity = num_items if capacity is None else capacity
+    if capacity < num_items:
+        raise ValueError(f"capacity is {capacity}; the features describe {num_items} items")
+    return np.pad(np.arange(num_items), (0, capacity - num_items), constant_values=-1)
 
 
 def reordered(pairs: ItemTerms, order: Int[np.ndarray, "N"]) -> ItemTerms:

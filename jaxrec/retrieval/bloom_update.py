@@ -1,17 +1,39 @@
 """Changing some items of a Bloom index in place: their bits, and their place in the term pool."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, UInt32
+from jaxtyping import Array, Int, Int32, UInt32
 
 from jaxrec.retrieval.masks import bits_by_word
 from jaxrec.retrieval.terms import ItemTerms
 
 type _Array = jax.Array | np.ndarray
+
+
+def checked_positions(
+    positions: Int[_Array, "M"] | Sequence[int], num_items: int
+) -> Int32[np.ndarray, "M"]:
+    """The positions as an array, each of them inside the index and named once.
+
+    Raises:
+      ValueError: otherwise.
+    """
+    given = np.asarray(positions)
+    bad = np.flatnonzero((given < 0) | (given >= num_items))
+    if bad.size:
+        raise ValueError(
+            f"positions[{bad[0]}] is {given[bad[0]]}; the index has the positions 0 to "
+            f"{num_items - 1}"
+        )
+    values, counts = np.unique(given, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"position {values[counts > 1][0]} is given more than once")
+    return given.astype(np.int32)
 
 
 class TermPool(NamedTuple):
@@ -132,3 +154,8 @@ def _compacted(pool: TermPool, live: np.ndarray, leaving: np.ndarray, wanted: in
         jnp.asarray(np.pad(kept, (0, size - used))),
         jnp.asarray(used, jnp.int32),
     )
+
+
+def length_bound(num_terms: int) -> int:
+    """The most terms that a search of as many steps finds: verification compiles for steps."""
+    return (1 << num_terms.bit_length()) - 1

@@ -26,7 +26,10 @@ from jaxrec.retrieval.filters import (
     all_of,
     any_of,
     negate,
+    terms_of,
 )
+
+type FilterLike = str | Filter | None
 
 _TOKEN = re.compile(
     rf"""(?P<space>\s+) | (?P<word>{WORD}) | (?P<symbol>&&?|\|\|?|[!()\[\],:])
@@ -216,3 +219,21 @@ def parse_filter(text: str, *, features: Collection[str] | None = None) -> Filte
     Cost: linear in the text; trees are cached by text.
     """
     return _parse_cached(text, None if features is None else frozenset(features))
+
+
+def to_tree(filter: FilterLike, features: Collection[str]) -> Filter:
+    """The tree of a filter given as text, as a tree or as None for everything.
+
+    Raises:
+      FilterError: as `parse_filter`; for an unknown feature also the known ones.
+    """
+    if filter is None:
+        return Everything()
+    if isinstance(filter, str):
+        return parse_filter(filter, features=features)
+    if not isinstance(filter, Filter):
+        raise FilterError(f"a filter is a text, a tree or None, not {filter!r}")
+    for term in terms_of(filter):
+        if term.feature not in features:
+            raise FilterError("; expected ".join(unknown_feature(term.feature, features)))
+    return filter

@@ -7,7 +7,7 @@ constants vanish; equal trees compare equal. `filter_text` reads and writes them
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,6 +194,34 @@ def _combine(kind: type[And] | type[Or], operands, *, neutral: Filter, absorbing
     if not flat:
         return neutral
     return flat[0] if len(flat) == 1 else kind(tuple(flat))
+
+
+def terms_of(tree: Filter) -> list[Term]:
+    """All terms of a tree, from left to right."""
+    match tree:
+        case Term():
+            return [tree]
+        case Not(operand):
+            return terms_of(operand)
+        case And(operands) | Or(operands):
+            return [term for operand in operands for term in terms_of(operand)]
+    return []
+
+
+def rejecting_part(tree: Filter, holds: Callable[[Term], bool]) -> Filter | None:
+    """None if the item passes, else the part to blame: of an AND its first such operand."""
+    match tree:
+        case Everything():
+            return None
+        case Term():
+            return None if holds(tree) else tree
+        case Not(operand):
+            return tree if rejecting_part(operand, holds) is None else None
+        case And(operands):
+            return next((r for o in operands if (r := rejecting_part(o, holds)) is not None), None)
+        case Or(operands):
+            return None if any(rejecting_part(o, holds) is None for o in operands) else tree
+    return tree
 
 
 class F:

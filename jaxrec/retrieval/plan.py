@@ -66,6 +66,14 @@ class FilterPlan(NamedTuple):
         """Q."""
         return (self.opcodes if self.plan_of_query is None else self.plan_of_query).shape[0]
 
+    def distinct(self) -> "FilterPlan":
+        """The filters themselves, as if each were of one query."""
+        return self._replace(plan_of_query=None)
+
+    def of_each_query(self, masks: UInt32[Array, "F words"]) -> UInt32[Array, "Q words"]:
+        """Masks of the queries from those of the filters."""
+        return masks if self.plan_of_query is None else masks[jnp.asarray(self.plan_of_query)]
+
     def for_queries(self, plan_of_query: Int[_Array, "Q"]) -> "FilterPlan":
         """The same filters for other queries: query q takes what query plan_of_query[q] had.
 
@@ -88,33 +96,45 @@ class FilterPlan(NamedTuple):
         return self._replace(plan_of_query=chosen)
 
 
-def compile_plan(filters: Sequence[Filter], catalog: TermCatalog, num_hashes: int) -> FilterPlan:
+def compile_plan(
+    filters: Sequence[Filter], catalog: TermCatalog, num_hashes: int, *, share: bool = False
+) -> FilterPlan:
     """The programs of `filters`; terms that no item has become NONE.
+
+    With `share`, equal filters become one program; see `BloomIndex.compile`.
 
     Raises:
       FilterError: a filter needs a deeper stack than the search has (its deepest operands are
         evaluated first, so that takes a balanced tree of more than 2^7 alternating ANDs and ORs).
     """
+    plan_of_query = None
+    if share:
+        numbers: dict[Filter, int] = {}
+        plan_of_query = np.array([numbers.setdefault(f, len(numbers)) for f in filters], np.int32)
+        rest = (1 << max(len(numbers) - 1, 0).bit_length()) - len(numbers)
+        filters = [*numbers, *[Everything()] * rest]
     programs = [_program(tree) for tree in filters]
     longest = max((len(program) for program in programs), default=1)
     num_steps = 1 << max(longest - 1, 3).bit_length()
     terms = [(s.feature, s.value) for program in programs for s in program if isinstance(s, Term)]
-    numbers = catalog.numbers_of(catalog.hashes_of(terms))
+    found = catalog.numbers_of(catalog.hashes_of(terms))
     opcodes = np.zeros((len(programs), num_steps), np.int32)
     is_term = np.zeros(opcodes.shape, bool)
     for query, program in enumerate(programs):
         is_term[query, : len(program)] = [isinstance(step, Term) for step in program]
         opcodes[query, : len(program)] = [0 if isinstance(step, Term) else step for step in program]
     term_ids = np.full(opcodes.shape, -1, np.int32)
-    term_ids[is_term] = numbers
-    head_rows = catalog.head_rows_of(numbers)
+    term_ids[is_term] = found
+    head_rows = catalog.head_rows_of(found)
     kinds = np.where(head_rows >= 0, BloomOp.HEAD, BloomOp.TAIL)
-    opcodes[is_term] = np.where(numbers < 0, BloomOp.NONE, kinds)
+    opcodes[is_term] = np.where(found < 0, BloomOp.NONE, kinds)
     operands = np.zeros((*opcodes.shape, num_hashes), np.uint32)
     heads, tails = opcodes == BloomOp.HEAD, opcodes == BloomOp.TAIL
     operands[heads, 0] = head_rows[head_rows >= 0]
     operands[tails] = bloom_row_hashes(split_hashes(catalog.hashes_at(term_ids[tails])), num_hashes)
-    return FilterPlan(opcodes, operands, term_ids, None, CatalogToken(catalog.plan_token(numbers)))
+    return FilterPlan(
+        opcodes, operands, term_ids, plan_of_query, CatalogToken(catalog.plan_token(found))
+    )
 
 
 def _program(tree: Filter) -> list[Term | BloomOp]:

@@ -1,6 +1,7 @@
 """The reference against brute force and against the items' real attributes."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def test_tiles_are_words_of_the_whole(tile_words, chunk_words):
     catalogue = random_catalogue(rng, num_items=128 * 5 - 9, bundle_words=4)
     opcodes, operands, _ = random_programs(rng, catalogue, num_queries=3, num_steps=7)
     index = (catalogue.rows, catalogue.row_offsets)
-    static = {"num_head": catalogue.num_head, "num_items": catalogue.num_items}
+    static: Any = {"num_head": catalogue.num_head, "num_items": catalogue.num_items}
     plan_of_query = np.array([2, 0, 0, 1, 2], np.int32)
     tiles = rng.integers(-1, 20 // tile_words, (5, 11)).astype(np.int32)
     whole = bloom_search(*index, opcodes, operands, plan_of_query, **static)
