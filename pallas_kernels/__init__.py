@@ -2,7 +2,8 @@
 
 from pallas_kernels._backend import Backend, BackendError
 from pallas_kernels.bloom import MAX_DEPTH as BLOOM_MAX_DEPTH
-from pallas_kernels.bloom import BloomMasks, BloomOp, bloom_build, bloom_search
+from pallas_kernels.bloom import BloomMasks, BloomOp, bloom_build, bloom_search, bloom_update, mix64
+from pallas_kernels.bloom import row_hashes as bloom_row_hashes
 from pallas_kernels.hstu_attention import hstu_attention
 from pallas_kernels.ivf import MAX_K as IVF_MAX_K
 from pallas_kernels.ivf import TILE_ROWS as IVF_TILE_ROWS
@@ -19,9 +20,12 @@ __all__ = [
     "BloomOp",
     "IvfTopK",
     "bloom_build",
+    "bloom_row_hashes",
     "bloom_search",
+    "bloom_update",
     "hstu_attention",
     "ivf_search",
+    "mix64",
     "probed_tiles_bound",
     "quantise",
     "rescore",

@@ -1,10 +1,11 @@
 """Retrieval as one model: filters, indexes, retriever, publishing."""
 
 from jaxrec.retrieval.bloom_index import BloomIndex
-from jaxrec.retrieval.filters import F, Filter, FilterError, parse_filter
+from jaxrec.retrieval.filter_text import parse_filter
+from jaxrec.retrieval.filters import F, Filter, FilterError
 from jaxrec.retrieval.item_index import Explanation, ItemIndex
 from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
-from jaxrec.retrieval.masks import unpack_mask
+from jaxrec.retrieval.masks import spread_tiles, unpack_mask
 from jaxrec.retrieval.plan import FilterPlan
 from jaxrec.retrieval.publish import PublishError, load_retriever, publish, save_retriever
 from jaxrec.retrieval.quality import brute_force, recall
@@ -29,6 +30,7 @@ __all__ = [
     "publish",
     "recall",
     "save_retriever",
+    "spread_tiles",
     "tune_nprobe",
     "unpack_mask",
 ]

@@ -6,7 +6,7 @@ that NOT loses nothing to false positives. What lies between them is decided on 
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,60 +15,83 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int, Int32, UInt32
 
-from jaxrec.retrieval.filters import (
-    And,
-    Everything,
-    Filter,
-    FilterError,
-    Not,
-    Or,
-    Term,
-    parse_filter,
-    unknown_feature,
+from jaxrec.retrieval.bloom_layout import (
+    bit_rows,
+    bits_per_tail_term,
+    placement,
+    reordered,
+    split_pairs,
+    tail_counts,
+    with_head,
 )
-from jaxrec.retrieval.masks import pack_bits, set_bits
+from jaxrec.retrieval.bloom_update import (
+    TermPool,
+    checked_positions,
+    clear_live,
+    length_bound,
+    make_pool,
+    replace_terms,
+    spare_slots,
+)
+from jaxrec.retrieval.filter_text import FilterLike, to_tree
+from jaxrec.retrieval.filters import Term, rejecting_part
+from jaxrec.retrieval.masks import pack_bits, set_bits, tile_word_numbers
 from jaxrec.retrieval.plan import FilterPlan, compile_plan, evaluate
-from jaxrec.retrieval.terms import ItemTerms, TermCatalog, collect_terms, row_hashes
-from pallas_kernels import BloomMasks, bloom_build, bloom_search
+from jaxrec.retrieval.terms import ItemTerms, TermCatalog, collect_terms, number_terms
+from pallas_kernels import BloomMasks, bloom_search, bloom_update
 
 _VERIFY_CHUNK = 1 << 16
 
 type _Array = jax.Array | np.ndarray
-type FilterLike = str | Filter | None
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rows", "row_offsets", "live", "term_offsets", "term_values"],
-    meta_fields=["num_items", "num_head", "num_hashes", "max_item_terms", "catalog"],
+    data_fields=["rows", "row_offsets", "live", "term_spans", "term_values", "terms_used"],
+    meta_fields=[
+        "num_items",
+        "num_head",
+        "num_hashes",
+        "max_item_terms",
+        "tail_terms",
+        "max_fpr",
+        "catalog",
+    ],
 )
 @dataclass(frozen=True, eq=False)
 class BloomIndex:
-    """Bit rows of all items' terms, and the terms themselves (N items, one bit position each).
+    """Bit rows of all items' terms, and the terms themselves (N bit positions, an item each).
 
-    Build with `BloomIndex.build`. The object is a pytree: arrays are leaves, the rest is static.
+    Build with `BloomIndex.build`; `update` and `clear` change items. The object is a pytree: arrays
+    are leaves, the rest is static, and neither changes shape or value as items change, up to the
+    capacities that `update` states.
 
     Attributes:
       rows, row_offsets: what `pallas_kernels.bloom_search` reads; u32[R, W], i32[G + 1].
       live: the bits of positions that hold an item; u32[words].
-      term_offsets, term_values: position n has the terms term_values[term_offsets[n] up to
-        term_offsets[n + 1]], ascending; i32[N + 1], i32[n].
+      term_spans, term_values, terms_used: position n has the terms term_values[term_spans[n, 0] up
+        to term_spans[n, 1]], ascending; slots from terms_used on are free; i32[N, 2], i32[S] and a
+        number.
       num_items: N.
       num_head: values with an exact row.
       num_hashes: K.
-      max_item_terms: most terms of one item.
-      catalog: the known terms; on the host.
+      max_item_terms: at least the most terms of one item.
+      tail_terms, max_fpr: what free positions are sized for.
+      catalog: the known terms; on the host, and shared by all indexes made from this one.
     """
 
     rows: UInt32[_Array, "R W"]
     row_offsets: Int32[_Array, "G1"]
     live: UInt32[_Array, "words"]
-    term_offsets: Int32[_Array, "N1"]
-    term_values: Int32[_Array, "n"]
+    term_spans: Int32[_Array, "N 2"]
+    term_values: Int32[_Array, "S"]
+    terms_used: Int32[_Array, ""]
     num_items: int
     num_head: int
     num_hashes: int
     max_item_terms: int
+    tail_terms: int
+    max_fpr: float
     catalog: TermCatalog
 
     @classmethod
@@ -80,6 +103,8 @@ class BloomIndex:
         num_hashes: int = 5,
         bundle_words: int | None = None,
         order: Int[_Array, "N"] | None = None,
+        capacity: int | None = None,
+        tail_terms: int | None = None,
     ) -> "BloomIndex":
         """Indexes one entry an item and feature.
 
@@ -93,60 +118,179 @@ class BloomIndex:
           max_fpr: chance that a tail term possibly matches an item without it, over the items.
           num_hashes: K, Bloom rows read for a tail term.
           bundle_words: 32-item words of a bundle, a multiple of 128 for the GPU kernel; None takes
-            512, its best, for catalogues of several such bundles and 128 for smaller ones.
+            512, its best, from 65,536 positions on and 128 below.
           order: the item at each bit position, -1 for none; `ivf.row_ids` lines the masks up with
             an `IVFIndex`. None keeps the items' own order.
+          capacity: bit positions N, at least the number of items; further ones are free for
+            `update`. None makes no free ones. With `order`, its length is the capacity.
+          tail_terms: tail terms that free positions are sized for; None takes the items' mean.
 
         Raises:
           FilterError: unequal lengths, or a value of another type (naming feature and item).
-          ValueError: max_fpr, num_hashes or order out of range.
+          ValueError: max_fpr, num_hashes, order, capacity or tail_terms out of range.
 
         Cost: host time linear in the (item, value) pairs; per item one bit a head value, about
         K / -ln(1 - max_fpr^(1/K)) bits a tail value (17 by default), and 4 bytes a value.
         """
-        if bundle_words is None:
-            bundle_words = 512 if len(next(iter(features.values()), ())) >= 1 << 16 else 128
-        if not 0 < max_fpr < 1 or num_hashes < 1 or bundle_words < 1:
+        if not 0 < max_fpr < 1 or num_hashes < 1 or (bundle_words or 1) < 1:
             raise ValueError(
                 f"max_fpr is {max_fpr}, num_hashes {num_hashes}, bundle_words {bundle_words}; "
                 "expected a probability between 0 and 1, and at least 1 of each"
             )
         pairs, catalog = collect_terms(features)
-        if order is not None:
-            pairs = _reordered(pairs, np.asarray(order))
-        placed = np.arange(pairs.num_items) if order is None else np.asarray(order)
-        catalog = _with_head(pairs, catalog, bits_per_tail_term(max_fpr, num_hashes))
-        counts = np.bincount(pairs.items, minlength=pairs.num_items)
-        rows, row_offsets = _bit_rows(pairs, catalog, max_fpr, num_hashes, bundle_words)
-        return cls(
-            rows=jnp.asarray(rows),
-            row_offsets=jnp.asarray(row_offsets),
-            live=jnp.asarray(pack_bits(placed >= 0)),
-            term_offsets=jnp.asarray(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)),
-            term_values=jnp.asarray(pairs.terms),
-            num_items=pairs.num_items,
-            num_head=int((catalog.head_rows >= 0).sum()),
-            num_hashes=num_hashes,
-            max_item_terms=int(counts.max(initial=0)),
-            catalog=catalog,
-        )
+        placed = placement(pairs.num_items, order, capacity)
+        pairs = reordered(pairs, placed)
+        num_live = int((placed >= 0).sum())
+        catalog = with_head(pairs, catalog, num_live, bits_per_tail_term(max_fpr, num_hashes))
+        counts = tail_counts(pairs, catalog)
+        if tail_terms is None:
+            tail_terms = -(-int(counts.sum()) // max(num_live, 1))
+        return _assemble(
+            pairs, catalog, placed >= 0, np.where(placed >= 0, counts, tail_terms),
+            max_fpr=max_fpr, num_hashes=num_hashes, bundle_words=bundle_words,
+            tail_terms=tail_terms,
+        )  # fmt: skip
 
-    def compile(self, filters: Sequence[FilterLike]) -> FilterPlan:
+    def empty_like(self, capacity: int, *, tail_terms: int | None = None) -> "BloomIndex":
+        """An index of the same catalogue with `capacity` free positions, to be filled by `update`.
+
+        It understands every plan that this index understands, so that fresh items can be searched
+        beside the others with one plan; values learnt by either are known to both.
+
+        Args:
+          capacity: bit positions.
+          tail_terms: tail terms that a position is sized for; None takes what this index has.
+        """
+        tail_terms = self.tail_terms if tail_terms is None else tail_terms
+        if capacity < 1 or tail_terms < 0:
+            raise ValueError(
+                f"capacity is {capacity} and tail_terms {tail_terms}; expected at least 1 and 0"
+            )
+        pairs = ItemTerms(capacity, np.zeros(0, np.int32), np.zeros(0, np.int32))
+        return _assemble(
+            pairs, self.catalog, np.zeros(capacity, bool), np.full(capacity, tail_terms),
+            max_fpr=self.max_fpr, num_hashes=self.num_hashes, bundle_words=None,
+            tail_terms=tail_terms, max_item_terms=self.max_item_terms,
+        )  # fmt: skip
+
+    def update(
+        self,
+        positions: Int[_Array, "M"] | Sequence[int],
+        features: Mapping[str, Any],
+        *,
+        donate: bool = False,
+    ) -> "BloomIndex":
+        """The index in which these bit positions hold items with these attributes.
+
+        What the positions held before is gone. Values that are new to the catalogue become tail
+        terms; plans compiled before keep their meaning, in which such values are unknown. Results
+        stay exact however far the items depart from those of the build: items with more terms than
+        their bundle was sized for only cause more false positives, which verification removes.
+
+        Shapes stay, so that nothing is compiled anew, until either an item has more than
+        `max_item_terms` terms, or the present terms of all items outgrow `term_values` (an eighth
+        and 1024 slots are spare; former segments are reclaimed as needed).
+
+        Args:
+          positions: 0 to N - 1, each once.
+          features: {name: M entries}, all features of the catalogue; values as for `build`.
+          donate: write in place; this index can then no longer be used. Otherwise it stays as it
+            is, and the new one begins with a copy of its arrays.
+
+        Raises:
+          ValueError: a position out of range or given twice.
+          FilterError: missing or unknown features, another number of entries, or a bad value.
+            The index is unchanged then.
+
+        Cost: host time linear in the (item, value) pairs; on the device 8 bytes for each row of the
+        items' bundles and K a tail term. Without `donate`, a copy of all arrays. Reclaiming former
+        segments, once in as many pairs as slots are spare, reads all terms on the host.
+        """
+        positions = checked_positions(positions, self.num_items)
+        pairs = number_terms(features, self.catalog, num_items=len(positions))
+        placed = ItemTerms(pairs.num_items, positions[pairs.items], pairs.terms)
+        rows = bloom_update(
+            self.rows, self.row_offsets, positions, num_head=self.num_head,
+            num_hashes=self.num_hashes, **split_pairs(placed, self.catalog), donate=donate,
+        )  # fmt: skip
+        pool = TermPool(self.term_spans, self.term_values, self.terms_used)
+        pool, live = replace_terms(pool, self.live, positions, pairs, donate=donate)
+        most = int(np.bincount(pairs.items, minlength=1).max())
+        return replace(
+            self, rows=rows, live=live, term_spans=pool.spans, term_values=pool.values,
+            terms_used=pool.used, max_item_terms=max(self.max_item_terms, length_bound(most)),
+        )  # fmt: skip
+
+    def clear(
+        self, positions: Int[_Array, "M"] | Sequence[int], *, donate: bool = False
+    ) -> "BloomIndex":
+        """The index in which these bit positions hold no item; they may have held none before.
+
+        Args:
+          positions: 0 to N - 1, each once.
+          donate: write in place; this index can then no longer be used.
+
+        Raises:
+          ValueError: a position out of range or given twice.
+
+        Cost: one word an item; without `donate` a copy of `live`.
+        """
+        live = clear_live(self.live, checked_positions(positions, self.num_items), donate=donate)
+        return replace(self, live=live)
+
+    def compile(self, filters: Sequence[FilterLike], *, share: bool = False) -> FilterPlan:
         """The programs of one filter a query: text, tree, or None for everything.
+
+        Args:
+          filters: one a query. Values that no item had so far match nothing, also later.
+          share: equal filters become one program, evaluated once. The number of programs is rounded
+            up to a power of two, so plans then come in a few more shapes. See also
+            `FilterPlan.for_queries`.
 
         Raises:
           FilterError: with the place in the text; for an unknown feature also the known ones.
         """
-        return compile_plan([self._tree(f) for f in filters], self.catalog, self.num_hashes)
+        trees = [to_tree(f, self.catalog.features) for f in filters]
+        return compile_plan(trees, self.catalog, self.num_hashes, share=share)
 
-    def masks(self, plan: FilterPlan) -> BloomMasks:
-        """(possibly, surely), u32[Q, words] each; traceable. Bits without an item are 0."""
+    def check_plan(self, plan: FilterPlan) -> None:
+        """Raises ValueError for a plan of another catalogue; costs nothing, also while tracing."""
+        if not self.catalog.accepts(plan.catalog.value):
+            raise ValueError(
+                "the plan was compiled for another catalogue, whose numbers mean other values; "
+                "compile the filters with this index, or with one that shares its catalogue"
+            )
+
+    def masks(
+        self,
+        plan: FilterPlan,
+        tiles: Int32[_Array, "Q T"] | None = None,
+        *,
+        tile_words: int = 2,
+    ) -> BloomMasks:
+        """(possibly, surely), u32[Q, words] each; traceable. Bits without an item are 0.
+
+        Args:
+          plan: from `compile`.
+          tiles: for each query the tiles of `tile_words` words to look at, -1 for none, such as the
+            64-item tiles of the lists that a search probes; the masks then are these tiles' words,
+            u32[Q, T·tile_words]; see `spread_tiles`. None looks at all.
+          tile_words: the GPU kernel needs a multiple of 128; see `pallas_kernels.bloom_search`.
+
+        Raises:
+          ValueError: the plan was compiled for another catalogue.
+        """
+        self.check_plan(plan)
         found = bloom_search(
-            self.rows, self.row_offsets, *plan[:2], num_head=self.num_head,
-            num_items=self.num_items,
+            self.rows, self.row_offsets, plan.opcodes, plan.operands, plan.plan_of_query, tiles,
+            num_head=self.num_head, num_items=self.num_items, tile_words=tile_words,
         )  # fmt: skip
         words = self.live.shape[0]
-        return BloomMasks(*(mask[:, :words] & self.live for mask in found))
+        if tiles is None:
+            return BloomMasks(*(mask[:, :words] & self.live for mask in found))
+        places = tile_word_numbers(tiles, tile_words)
+        live = jnp.asarray(self.live).at[places].get(mode="fill", fill_value=0)
+        return BloomMasks(*(mask & live for mask in found))
 
     def search(self, plan: FilterPlan, *, exact: bool = False) -> UInt32[Array, "Q words"]:
         """Mask of the items that pass: bit i % 32 of word i // 32, words = ceil(N / 32).
@@ -155,36 +299,44 @@ class BloomIndex:
           plan: from `compile`.
           exact: False gives a superset, and can be traced. True also checks every item that only
             possibly passes on its stored terms; it fetches the masks to the host.
+
+        Raises:
+          ValueError: the plan was compiled for another catalogue.
         """
-        possibly, surely = self.masks(plan)
         if not exact:
-            return possibly
+            return self.masks(plan).possibly
+        filters = plan.distinct()
+        possibly, surely = self.masks(filters)
         mask = np.array(possibly)
-        queries, positions = set_bits(mask & ~np.asarray(surely))
-        wrong = ~self._verify_pairs(plan, queries, positions)
-        queries, positions = queries[wrong], positions[wrong]
+        numbers, positions = set_bits(mask & ~np.asarray(surely))
+        wrong = ~self._verify_pairs(filters, numbers, positions)
+        numbers, positions = numbers[wrong], positions[wrong]
         bits = np.uint32(1) << (positions % 32).astype(np.uint32)
-        np.bitwise_and.at(mask, (queries, positions // 32), ~bits)
-        return jnp.asarray(mask)
+        np.bitwise_and.at(mask, (numbers, positions // 32), ~bits)
+        return plan.of_each_query(jnp.asarray(mask))
 
     def exact_mask(self, plan: FilterPlan) -> UInt32[Array, "Q words"]:
-        """What `search(plan, exact=True)` gives, traceable: evaluates every item, query by query.
+        """What `search(plan, exact=True)` gives, traceable: evaluates every item, filter by filter.
 
-        Cost: P · log2(most terms of an item) gathers for each of the Q · N pairs.
+        Cost: P · log2(most terms of an item) gathers for each of the F · N pairs.
         """
+        self.check_plan(plan)
+        filters = plan.distinct()
         positions = jnp.arange(self.live.shape[0] * 32, dtype=jnp.int32)
         positions = jnp.minimum(positions, self.num_items - 1)
         lanes = jnp.arange(32, dtype=jnp.uint32)
 
-        def one_query(query):
-            passes = self._evaluate(plan, jnp.full_like(positions, query), positions)
+        def one_filter(number):
+            passes = self._evaluate(filters, jnp.full_like(positions, number), positions)
             bits = passes.reshape(-1, 32).astype(jnp.uint32) << lanes
             return jnp.sum(bits, axis=1, dtype=jnp.uint32) & self.live
 
-        return lax.map(one_query, jnp.arange(plan.opcodes.shape[0], dtype=jnp.int32))
+        numbers = jnp.arange(filters.num_queries, dtype=jnp.int32)
+        return plan.of_each_query(lax.map(one_filter, numbers))
 
     def verify(self, plan: FilterPlan, rows: Int32[_Array, "Q M"]) -> Bool[Array, "Q M"]:
         """Whether each query's own items (bit positions) pass, exactly; False for -1. Traceable."""
+        self.check_plan(plan)
         queries = jnp.broadcast_to(jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None], rows.shape)
         safe = jnp.maximum(rows, 0).ravel()
         passes = self._evaluate(plan, queries.ravel(), safe).reshape(rows.shape)
@@ -195,36 +347,26 @@ class BloomIndex:
         """The smallest part of the filter that rejects the item (bit position); None if it passes.
 
         Raises:
-          ValueError: no such item.
+          ValueError: no such position, or no item there.
         """
         if not 0 <= item < self.num_items:
             raise ValueError(
                 f"item is {item}; the index has the positions 0 to {self.num_items - 1}"
             )
-        begin, end = np.asarray(self.term_offsets[item : item + 2])
+        if not int(self.live[item // 32]) >> item % 32 & 1:
+            raise ValueError(f"position {item} holds no item")
+        begin, end = np.asarray(self.term_spans[item])
         held = {int(term) for term in self.term_values[begin:end]}
-        rejecting = _rejecting(self._tree(filter), lambda t: self._number(t) in held)
+        tree = to_tree(filter, self.catalog.features)
+        rejecting = rejecting_part(tree, lambda term: self._number(term) in held)
         return None if rejecting is None else str(rejecting)
 
-    def _tree(self, filter: FilterLike) -> Filter:
-        if filter is None:
-            return Everything()
-        if isinstance(filter, str):
-            return parse_filter(filter, features=self.catalog.features)
-        if not isinstance(filter, Filter):
-            raise FilterError(f"a filter is a text, a tree or None, not {filter!r}")
-        for term in terms_of(filter):
-            if term.feature not in self.catalog.features:
-                raise FilterError("; expected ".join(
-                    unknown_feature(term.feature, self.catalog.features)))  # fmt: skip
-        return filter
-
     def _number(self, term: Term) -> int:
-        return int(self.catalog.lookup([(term.feature, term.value)])[0])
+        return int(self.catalog.numbers_of(self.catalog.hashes_of([(term.feature, term.value)]))[0])
 
     def _evaluate(self, plan, queries, positions):
         return evaluate(
-            plan, self.term_offsets, self.term_values, queries, positions, self.max_item_terms
+            plan, self.term_spans, self.term_values, queries, positions, self.max_item_terms
         )
 
     def _verify_pairs(self, plan, queries, positions) -> Bool[np.ndarray, "n"]:
@@ -238,106 +380,29 @@ class BloomIndex:
         return np.concatenate(passes) if passes else np.zeros(0, bool)
 
 
-def terms_of(tree: Filter) -> list[Term]:
-    """All terms of a tree, from left to right."""
-    match tree:
-        case Term():
-            return [tree]
-        case Not(operand):
-            return terms_of(operand)
-        case And(operands) | Or(operands):
-            return [term for operand in operands for term in terms_of(operand)]
-    return []
-
-
-def bits_per_tail_term(max_fpr: float, num_hashes: int) -> float:
-    """Bloom bits that a term takes in each item that has it: K / -ln(1 - max_fpr^(1/K))."""
-    return num_hashes / -np.log1p(-(max_fpr ** (1 / num_hashes)))
-
-
-def _rejecting(tree: Filter, holds) -> Filter | None:
-    """None if the item passes, else the part to blame: of an AND its first such operand."""
-    match tree:
-        case Everything():
-            return None
-        case Term():
-            return None if holds(tree) else tree
-        case Not(operand):
-            return tree if _rejecting(operand, holds) is None else None
-        case And(operands):
-            return next((r for o in operands if (r := _rejecting(o, holds)) is not None), None)
-        case Or(operands):
-            return None if any(_rejecting(o, holds) is None for o in operands) else tree
-    return tree
-
-
-def _reordered(pairs: ItemTerms, order: np.ndarray) -> ItemTerms:
-    """The pairs with items replaced by their positions; items without a position go."""
-    placed = np.flatnonzero(order >= 0)
-    items = order[placed]
-    if items.size and items.max() >= pairs.num_items:
-        raise ValueError(
-            f"order names item {items.max()}; the features describe {pairs.num_items} items"
-        )
-    if len(np.unique(items)) != len(items):
-        raise ValueError("order names an item more than once")
-    position = np.full(pairs.num_items, -1, np.int64)
-    position[items] = placed
-    moved = position[pairs.items]
-    kept = np.flatnonzero(moved >= 0)
-    kept = kept[np.argsort(moved[kept], kind="stable")]
-    return ItemTerms(len(order), moved[kept].astype(np.int32), pairs.terms[kept])
-
-
-def _with_head(pairs: ItemTerms, catalog: TermCatalog, tail_bits: float) -> TermCatalog:
-    """The catalogue with exact rows for the terms that cost less so: one bit for each item."""
-    counts = np.bincount(pairs.terms, minlength=len(catalog.hashes))
-    head = np.flatnonzero(counts * tail_bits > pairs.num_items)
-    head_rows = np.full(len(counts), -1, np.int32)
-    head_rows[head] = np.arange(len(head))
-    return TermCatalog(catalog.features, catalog.seed, catalog.hashes, head_rows)
-
-
-def _bit_rows(
-    pairs: ItemTerms, catalog: TermCatalog, max_fpr: float, num_hashes: int, bundle_words: int
-) -> tuple[np.ndarray, np.ndarray]:
-    rows = catalog.head_rows[pairs.terms]
-    head, tail = rows >= 0, rows < 0
-    tail_counts = np.bincount(pairs.items[tail], minlength=pairs.num_items)
-    return bloom_build(
-        pairs.num_items,
-        bundle_words=bundle_words,
-        num_head=int(rows.max(initial=-1)) + 1,
-        widths=_bundle_widths(tail_counts, bundle_words * 32, max_fpr, num_hashes),
-        head_items=pairs.items[head],
-        head_rows=rows[head],
-        tail_items=pairs.items[tail],
-        tail_hashes=row_hashes(catalog.hashes[pairs.terms[tail]], num_hashes),
+def _assemble(
+    pairs: ItemTerms, catalog: TermCatalog, held: np.ndarray, sized_for: np.ndarray, *,
+    max_fpr: float, num_hashes: int, bundle_words: int | None, tail_terms: int,
+    max_item_terms: int = 0,
+) -> BloomIndex:  # fmt: skip
+    """The index of these pairs, each position sized for so many tail terms."""
+    if bundle_words is None:
+        bundle_words = 512 if pairs.num_items >= 1 << 16 else 128
+    rows, row_offsets = bit_rows(pairs, catalog, sized_for, max_fpr, num_hashes, bundle_words)
+    pool = make_pool(pairs, spare_slots(len(pairs.terms)))
+    most = int(np.bincount(pairs.items, minlength=1).max())
+    return BloomIndex(
+        rows=rows,
+        row_offsets=row_offsets,
+        live=jnp.asarray(pack_bits(held)),
+        term_spans=pool.spans,
+        term_values=pool.values,
+        terms_used=pool.used,
+        num_items=pairs.num_items,
+        num_head=int(catalog.head_rows.max(initial=-1)) + 1,
+        num_hashes=num_hashes,
+        max_item_terms=max(length_bound(most), max_item_terms),
+        tail_terms=int(tail_terms),
+        max_fpr=max_fpr,
+        catalog=catalog,
     )
-
-
-def _bundle_widths(
-    tail_counts: np.ndarray, bundle_items: int, max_fpr: float, num_hashes: int
-) -> Int32[np.ndarray, "G"]:
-    """For each bundle the fewest rows a partition for a mean false positive rate of `max_fpr`.
-
-    An item with n terms sets n of the w rows of a partition, with repeats, so it matches a foreign
-    term with probability (1 - (1 - 1/w)^n)^K. Found by bisection for all bundles at once.
-    """
-    padded = np.pad(tail_counts, (0, -len(tail_counts) % bundle_items)).reshape(-1, bundle_items)
-    sizes = np.full(len(padded), bundle_items)
-    sizes[-1:] -= padded.size - len(tail_counts)
-    low = np.zeros(len(padded), np.int64)
-    high = np.full(len(padded), int(tail_counts.max(initial=0)))
-    high = np.ceil(high * bits_per_tail_term(max_fpr, num_hashes) / num_hashes).astype(int) + 1
-    distinct, ranks = np.unique(padded, return_inverse=True)
-    keys = ranks.reshape(padded.shape) + np.arange(len(padded))[:, None] * len(distinct)
-    counts = np.bincount(keys.ravel(), minlength=len(padded) * len(distinct))
-    counts = counts.reshape(len(padded), len(distinct))
-    while (low + 1 < high).any():
-        width = np.maximum((low + high) // 2, 1)
-        hit = -np.expm1(distinct * np.log1p(-1 / np.maximum(width, 1.0000001))[:, None])
-        enough = (counts * hit**num_hashes).sum(axis=1) <= max_fpr * sizes
-        low, high = np.where(enough, low, width), np.where(enough, width, high)
-    has_tail = padded.any(axis=1)
-    return np.where(has_tail, high, 0).astype(np.int32)

@@ -167,9 +167,9 @@ class ItemIndex:
         """
         nprobe = self.ivf.nlist if exact else self.nprobe if nprobe is None else nprobe
         check_search(self.ivf, k, nprobe)
-        if plan.opcodes.shape[0] != queries.shape[0]:
+        if plan.num_queries != queries.shape[0]:
             raise ValueError(
-                f"the plan has {plan.opcodes.shape[0]} filters for {queries.shape[0]} queries; "
+                f"the plan has {plan.num_queries} filters for {queries.shape[0]} queries; "
                 "compile one filter for each"
             )
         excluded = None if exclude is None else self._rows_mask(exclude)

@@ -33,6 +33,42 @@ def set_bits(
     return queries[which], words[which] * 32 + lanes
 
 
+def bits_by_word(
+    positions: Int[np.ndarray, "n"],
+) -> tuple[Int[np.ndarray, "w"], UInt32[np.ndarray, "w"]]:
+    """(words, their bits) that stand for the positions, each word once. Host only."""
+    words, lanes = np.divmod(np.sort(positions), 32)
+    words, starts = np.unique(words, return_index=True)
+    bits = np.uint32(1) << lanes.astype(np.uint32)
+    return words, np.bitwise_or.reduceat(bits, starts) if len(starts) else bits
+
+
+def tile_word_numbers(tiles: Int32[_Array, "Q T"], tile_words: int) -> Int32[Array, "Q words"]:
+    """The numbers of the words of each query's tiles; beyond every mask for tile -1."""
+    tiles = jnp.asarray(tiles)
+    first = jnp.where(tiles >= 0, tiles * tile_words, np.iinfo(np.int32).max - tile_words)
+    words = first[..., None] + jnp.arange(tile_words, dtype=jnp.int32)
+    return words.reshape(tiles.shape[0], -1)
+
+
+def spread_tiles(
+    tile_masks: UInt32[_Array, "Q tile_words_all"],
+    tiles: Int32[_Array, "Q T"],
+    num_words: int,
+) -> UInt32[Array, "Q {num_words}"]:
+    """Masks over all words from those of some tiles; all other words are 0. Traceable.
+
+    Args:
+      tile_masks: as `BloomIndex.masks(plan, tiles)` gives them.
+      tiles: the same tiles; -1 for none.
+      num_words: words of the result; tiles beyond are left out.
+    """
+    places = tile_word_numbers(tiles, tile_masks.shape[1] // max(tiles.shape[1], 1))
+    queries = jnp.arange(tiles.shape[0], dtype=jnp.int32)[:, None]
+    masks = jnp.zeros((tiles.shape[0], num_words), jnp.uint32)
+    return masks.at[queries, places].set(jnp.asarray(tile_masks), mode="drop")
+
+
 def to_row_order(
     mask: UInt32[_Array, "Q item_words"], row_ids: Int32[_Array, "R"]
 ) -> UInt32[Array, "Q words"]:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -20,8 +21,8 @@ from jaxrec.retrieval.filters import (
     Or,
     Term,
 )
-from jaxrec.retrieval.terms import TermCatalog, row_hashes
-from pallas_kernels import BLOOM_MAX_DEPTH, BloomOp
+from jaxrec.retrieval.terms import TermCatalog, split_hashes
+from pallas_kernels import BLOOM_MAX_DEPTH, BloomOp, bloom_row_hashes
 
 _EXACT_STACK_BITS = 32
 assert BLOOM_MAX_DEPTH < _EXACT_STACK_BITS
@@ -29,54 +30,111 @@ assert BLOOM_MAX_DEPTH < _EXACT_STACK_BITS
 type _Array = jax.Array | np.ndarray
 
 
-class FilterPlan(NamedTuple):
-    """One postfix program a query (Q queries, P steps, K hashes); host arrays, ready for jit.
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class CatalogToken:
+    """Names the catalogue whose term numbers a plan uses; see `TermCatalog.accepts`.
 
-    P is rounded up to a power of two, so that few shapes are ever compiled.
-
-    Attributes:
-      opcodes: `BloomOp` numbers, padded with END; END alone is everything; i32[Q, P].
-      operands: the head row, or the K hashes of a tail term; u32[Q, P, K].
-      term_ids: number of the term in the catalogue, -1 for other steps; i32[Q, P].
+    Static to `jax.jit`, so a plan for another catalogue is refused even while tracing.
     """
 
-    opcodes: Int32[_Array, "Q P"]
-    operands: UInt32[_Array, "Q P K"]
-    term_ids: Int32[_Array, "Q P"]
+    value: int
 
 
-def compile_plan(filters: Sequence[Filter], catalog: TermCatalog, num_hashes: int) -> FilterPlan:
+class FilterPlan(NamedTuple):
+    """Postfix programs of the filters of Q queries (F filters, P steps, K hashes).
+
+    Host arrays, ready for jit. P is rounded up to a power of two, so that few shapes are ever
+    compiled.
+
+    Attributes:
+      opcodes: `BloomOp` numbers, padded with END; END alone is everything; i32[F, P].
+      operands: the head row, or the K hashes of a tail term; u32[F, P, K].
+      term_ids: number of the term in the catalogue, -1 for other steps; i32[F, P].
+      plan_of_query: the filter of each query, i32[Q]; None means that query q has filter q.
+      catalog: whose terms these are.
+    """
+
+    opcodes: Int32[_Array, "F P"]
+    operands: UInt32[_Array, "F P K"]
+    term_ids: Int32[_Array, "F P"]
+    plan_of_query: Int32[_Array, "Q"] | None
+    catalog: CatalogToken
+
+    @property
+    def num_queries(self) -> int:
+        """Q."""
+        return (self.opcodes if self.plan_of_query is None else self.plan_of_query).shape[0]
+
+    def distinct(self) -> "FilterPlan":
+        """The filters themselves, as if each were of one query."""
+        return self._replace(plan_of_query=None)
+
+    def of_each_query(self, masks: UInt32[Array, "F words"]) -> UInt32[Array, "Q words"]:
+        """Masks of the queries from those of the filters."""
+        return masks if self.plan_of_query is None else masks[jnp.asarray(self.plan_of_query)]
+
+    def for_queries(self, plan_of_query: Int[_Array, "Q"]) -> "FilterPlan":
+        """The same filters for other queries: query q takes what query plan_of_query[q] had.
+
+        Filters are evaluated once each, however many queries have them: 12 queries of one user
+        share one with `plan.for_queries(np.repeat(np.arange(num_users), 12))`.
+
+        Raises:
+          ValueError: an entry that is not a query of this plan.
+        """
+        chosen = plan_of_query
+        if isinstance(chosen, np.ndarray) and chosen.size:
+            if chosen.min() < 0 or chosen.max() >= self.num_queries:
+                raise ValueError(
+                    f"plan_of_query names the queries {chosen.min()} to {chosen.max()}; the plan "
+                    f"has 0 to {self.num_queries - 1}"
+                )
+            chosen = chosen.astype(np.int32)
+        if self.plan_of_query is not None:
+            chosen = self.plan_of_query[chosen]
+        return self._replace(plan_of_query=chosen)
+
+
+def compile_plan(
+    filters: Sequence[Filter], catalog: TermCatalog, num_hashes: int, *, share: bool = False
+) -> FilterPlan:
     """The programs of `filters`; terms that no item has become NONE.
+
+    With `share`, equal filters become one program; see `BloomIndex.compile`.
 
     Raises:
       FilterError: a filter needs a deeper stack than the search has (its deepest operands are
         evaluated first, so that takes a balanced tree of more than 2^7 alternating ANDs and ORs).
     """
+    plan_of_query = None
+    if share:
+        numbers: dict[Filter, int] = {}
+        plan_of_query = np.array([numbers.setdefault(f, len(numbers)) for f in filters], np.int32)
+        rest = (1 << max(len(numbers) - 1, 0).bit_length()) - len(numbers)
+        filters = [*numbers, *[Everything()] * rest]
     programs = [_program(tree) for tree in filters]
     longest = max((len(program) for program in programs), default=1)
     num_steps = 1 << max(longest - 1, 3).bit_length()
+    terms = [(s.feature, s.value) for program in programs for s in program if isinstance(s, Term)]
+    found = catalog.numbers_of(catalog.hashes_of(terms))
     opcodes = np.zeros((len(programs), num_steps), np.int32)
-    term_ids = np.full((len(programs), num_steps), -1, np.int32)
+    is_term = np.zeros(opcodes.shape, bool)
     for query, program in enumerate(programs):
-        terms = [(step.feature, step.value) for step in program if isinstance(step, Term)]
-        numbers = iter(catalog.lookup(terms).tolist())
-        for at, step in enumerate(program):
-            if isinstance(step, Term):
-                term_ids[query, at] = number = next(numbers)
-                opcodes[query, at] = _term_op(number, catalog)
-            else:
-                opcodes[query, at] = step
+        is_term[query, : len(program)] = [isinstance(step, Term) for step in program]
+        opcodes[query, : len(program)] = [0 if isinstance(step, Term) else step for step in program]
+    term_ids = np.full(opcodes.shape, -1, np.int32)
+    term_ids[is_term] = found
+    head_rows = catalog.head_rows_of(found)
+    kinds = np.where(head_rows >= 0, BloomOp.HEAD, BloomOp.TAIL)
+    opcodes[is_term] = np.where(found < 0, BloomOp.NONE, kinds)
     operands = np.zeros((*opcodes.shape, num_hashes), np.uint32)
     heads, tails = opcodes == BloomOp.HEAD, opcodes == BloomOp.TAIL
-    operands[heads, 0] = catalog.head_rows[term_ids[heads]]
-    operands[tails] = row_hashes(catalog.hashes[term_ids[tails]], num_hashes)
-    return FilterPlan(opcodes, operands, term_ids)
-
-
-def _term_op(number: int, catalog: TermCatalog) -> BloomOp:
-    if number < 0:
-        return BloomOp.NONE
-    return BloomOp.HEAD if catalog.head_rows[number] >= 0 else BloomOp.TAIL
+    operands[heads, 0] = head_rows[head_rows >= 0]
+    operands[tails] = bloom_row_hashes(split_hashes(catalog.hashes_at(term_ids[tails])), num_hashes)
+    return FilterPlan(
+        opcodes, operands, term_ids, plan_of_query, CatalogToken(catalog.plan_token(found))
+    )
 
 
 def _program(tree: Filter) -> list[Term | BloomOp]:
@@ -115,17 +173,18 @@ def _steps(tree: Filter) -> tuple[int, list[Term | BloomOp]]:
 
 
 def contains(
-    offsets: Int32[_Array, "S1"],
+    spans: Int32[_Array, "S 2"],
     values: Int32[_Array, "n"],
     segments: Int[_Array, "*shape"],
     wanted: Int[_Array, "*shape"],
     longest: int,
 ) -> Bool[Array, "*shape"]:
-    """Whether segment s (ascending values from offsets[s] to offsets[s + 1]) holds the value.
+    """Whether segment s (ascending values from spans[s, 0] to spans[s, 1]) holds the value.
 
     Cost: log2(longest) gathers an element; `longest` bounds the length of a segment.
     """
-    low, end = jnp.asarray(offsets)[segments], jnp.asarray(offsets)[segments + 1]
+    chosen = jnp.asarray(spans)[segments]
+    low, end = chosen[..., 0], chosen[..., 1]
     high = end
     if values.shape[0] == 0:
         return jnp.zeros(low.shape, bool)
@@ -140,22 +199,24 @@ def contains(
 @functools.partial(jax.jit, static_argnames="longest")
 def evaluate(
     plan: FilterPlan,
-    term_offsets: Int32[_Array, "N1"],
-    term_values: Int32[_Array, "n"],
+    term_spans: Int32[_Array, "N 2"],
+    term_values: Int32[_Array, "S"],
     queries: Int32[_Array, "M"],
     items: Int32[_Array, "M"],
     longest: int,
 ) -> Bool[Array, "M"]:
-    """Runs program queries[m] on the stored terms of items[m], exactly.
+    """Runs the program of queries[m] on the stored terms of items[m], exactly.
 
     The stack of a pair is the bits of one u32, its top bit 0; it starts as a single "yes", which is
     what an empty program leaves.
     """
-    opcodes, term_ids = (jnp.asarray(plan[i]).T for i in (0, 2))
+    opcodes, term_ids = jnp.asarray(plan.opcodes).T, jnp.asarray(plan.term_ids).T
+    if plan.plan_of_query is not None:
+        queries = jnp.asarray(plan.plan_of_query)[queries]
 
     def step(stack, program_step):
         ops, terms = (values[queries] for values in program_step)
-        held = contains(term_offsets, term_values, items, terms, longest) | (ops == BloomOp.ALL)
+        held = contains(term_spans, term_values, items, terms, longest) | (ops == BloomOp.ALL)
         top, below = stack & 1, (stack >> 1) & 1
         pushed = (stack << 1) | held.astype(jnp.uint32)
         popped = (stack >> 2) << 1

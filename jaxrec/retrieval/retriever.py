@@ -141,9 +141,9 @@ class Retriever(nnx.Module):
         """
         index = self.index
         check_search(index.ivf, k, index.ivf.nlist if nprobe is None else nprobe)
-        if plan.opcodes.shape[0] != batch.target_positions.shape[0]:
+        if plan.num_queries != batch.target_positions.shape[0]:
             raise ValueError(
-                f"the plan has {plan.opcodes.shape[0]} filters and the batch "
+                f"the plan has {plan.num_queries} filters and the batch "
                 f"{batch.target_positions.shape[0]} target positions; compile one filter for each"
             )
         graphdef, state = nnx.split(self)

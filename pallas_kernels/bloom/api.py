@@ -1,12 +1,13 @@
 """Searching a bit-sliced, partitioned Bloom index.
 
-Letters: Q queries, P program steps, K hashes a term, G bundles, W words a bundle (32 items a word),
-R rows of all bundles together.
+Letters: Q queries, F programs, P program steps, K hashes a term, G bundles, W words a bundle (32
+items a word), R rows of all bundles together, T tiles a query.
 """
 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32, UInt32
 
@@ -32,20 +33,23 @@ class BloomMasks(NamedTuple):
 def bloom_search(
     rows: UInt32[jax.Array | np.ndarray, "R W"],
     row_offsets: Int32[jax.Array | np.ndarray, "G1"],
-    opcodes: Int32[jax.Array | np.ndarray, "Q P"],
-    operands: UInt32[jax.Array | np.ndarray, "Q P K"],
+    opcodes: Int32[jax.Array | np.ndarray, "F P"],
+    operands: UInt32[jax.Array | np.ndarray, "F P K"],
+    plan_of_query: Int32[jax.Array | np.ndarray, "Q"] | None = None,
+    tiles: Int32[jax.Array | np.ndarray, "Q T"] | None = None,
     *,
     num_head: int,
     num_items: int,
+    tile_words: int = 2,
     backend: Backend | None = None,
     config: BloomConfig | None = None,
 ) -> BloomMasks:
-    """Runs one Boolean program a query over the whole catalogue (G = G1 - 1 bundles).
+    """Runs one Boolean program a query over the catalogue, or over chosen tiles (G = G1 - 1).
 
     Bundle g owns rows row_offsets[g] up to row_offsets[g+1]: `num_head` exact head rows, then K
     partitions of w_g = (rows of g - num_head) / K rows each. Hash k of a tail term selects row
 
-        row_offsets[g] + num_head + k·w_g + operands[q, p, k] mod w_g
+        row_offsets[g] + num_head + k·w_g + operands[f, p, k] mod w_g
 
     so its K rows are always distinct. A bundle with w_g = 0 has no tail terms, and none matches.
 
@@ -54,40 +58,99 @@ def bloom_search(
       row_offsets: first row of each bundle, starting at 0 and ending at R.
       opcodes: postfix programs of `BloomOp`, padded with END. A program of END alone matches
         everything. Programs that `check_programs` rejects give undefined masks.
-      operands: for HEAD the head row, in [0, num_head), in operands[q, p, 0]; for TAIL the K hashes
+      operands: for HEAD the head row, in [0, num_head), in operands[f, p, 0]; for TAIL the K hashes
         of the term; ignored elsewhere.
+      plan_of_query: the program of each query, in [0, F); None runs program q for query q. Over the
+        whole catalogue a program runs once, however many queries have it.
+      tiles: for each query the tiles to look at, -1 for none; None looks at the whole catalogue.
+        Tile i is the words i·tile_words up to (i + 1)·tile_words, so 64 items with the default.
       num_head: head rows of each bundle.
       num_items: items of the catalogue; bits from there on are zero in both masks.
+      tile_words: words of a tile, a divisor of W; for the kernel a multiple of 128.
       backend: None picks the best supported; a name never falls back.
       config: tiles of the kernel; None takes the heuristic. The XLA backend has none.
 
     Returns:
-      Masks u32[Q, G·W].
+      Masks u32[Q, G·W]; with tiles u32[Q, T·tile_words], those words in the order of the tiles, and
+      0 for tile -1.
 
     Raises:
       ValueError: wrong dtypes, shapes or bounds; `BackendError` for a named, unsupported backend.
 
-    Cost: reads 4·W bytes a bundle for a HEAD and 4·K·W for a TAIL, writes 8·Q·G·W; two bitwise
-    operations a word. Memory-bound. No gradient: everything is an integer.
+    Cost: for each word 4 bytes read for a HEAD and 4·K for a TAIL, 8 written, two bitwise
+    operations an instruction. Words are F·G·W, or Q·T·tile_words. Memory-bound. No gradient:
+    everything is an integer.
     """
     _check(rows, row_offsets, opcodes, operands, num_head, num_items)
-    width, num_steps = rows.shape[1], opcodes.shape[1]
-    tiles = config or heuristic(width)
+    _check_queries(rows, opcodes, plan_of_query, tiles, tile_words)
+    num_steps, static = opcodes.shape[1], {"num_head": num_head, "num_items": num_items}
+    block = rows.shape[1] if tiles is None else tile_words
+    blocks = config or heuristic(block)
     chosen = resolve(
         "bloom_search",
         backend,
-        lambda: kernel_problem(rows.shape, row_offsets.shape[0] - 1, opcodes.shape[0], tiles),
+        lambda: kernel_problem(
+            rows.shape,
+            (row_offsets.shape[0] - 1) if tiles is None else tiles.shape[1],
+            opcodes.shape[0],
+            blocks,
+            tile_words=block,
+        ),
     )
-    if chosen == "xla" or num_steps == 0:
-        run = ref.bloom_search
+    kernel = None if chosen == "xla" or num_steps == 0 else blocks
+    arrays = (rows, row_offsets, opcodes, operands)
+    if tiles is None:
+        masks = _backend(kernel).bloom_search(*arrays, **static, **_config(kernel))
+        if plan_of_query is not None:
+            masks = (mask[jnp.asarray(plan_of_query)] for mask in masks)
     else:
-        from pallas_kernels.bloom import mosaic_gpu  # 1 s of imports that the CPU never needs
+        programs = np.arange(len(opcodes), dtype=np.int32)
+        programs = programs if plan_of_query is None else plan_of_query
+        masks = _backend(kernel).bloom_search_tiles(
+            *arrays, programs, tiles, tile_words=tile_words, **static, **_config(kernel)
+        )
+    return BloomMasks(*masks)
 
-        run = mosaic_gpu.with_config(tiles)
-    possibly, surely = run(
-        rows, row_offsets, opcodes, operands, num_head=num_head, num_items=num_items
-    )
-    return BloomMasks(possibly, surely)
+
+def _backend(kernel: BloomConfig | None):
+    if kernel is None:
+        return ref
+    from pallas_kernels.bloom import mosaic_gpu  # 1 s of imports that the CPU never needs
+
+    return mosaic_gpu
+
+
+def _config(kernel: BloomConfig | None) -> dict[str, BloomConfig]:
+    return {} if kernel is None else {"config": kernel}
+
+
+def _check_queries(
+    rows: _Array,
+    opcodes: _Array,
+    plan_of_query: _Array | None,
+    tiles: _Array | None,
+    tile_words: int,
+) -> None:
+    num_queries = opcodes.shape[0]
+    if plan_of_query is not None:
+        if plan_of_query.ndim != 1 or plan_of_query.dtype != "int32":
+            raise ValueError(
+                f"bloom_search: plan_of_query is {plan_of_query.dtype}{list(plan_of_query.shape)}; "
+                "expected int32 with 1 dimension"
+            )
+        num_queries = plan_of_query.shape[0]
+    if tiles is None:
+        return
+    if tiles.ndim != 2 or tiles.dtype != "int32" or tiles.shape[0] != num_queries:
+        raise ValueError(
+            f"bloom_search: tiles is {tiles.dtype}{list(tiles.shape)}; expected int32 with "
+            f"{num_queries} rows, one for each query"
+        )
+    if tile_words < 1 or rows.shape[1] % tile_words:
+        raise ValueError(
+            f"bloom_search: tile_words is {tile_words}; expected a divisor of the bundle's "
+            f"{rows.shape[1]} words"
+        )
 
 
 def _check(

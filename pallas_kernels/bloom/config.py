@@ -28,9 +28,9 @@ class BloomConfig:
         return STACK_SLOTS * 2 * self.block_words * 4
 
 
-def heuristic(bundle_words: int) -> BloomConfig:
-    """The widest tile of at most 512 words that divides a bundle of `bundle_words`."""
-    fitting = [words for words in (512, 256) if bundle_words % words == 0]
+def heuristic(tile_words: int) -> BloomConfig:
+    """The widest block of at most 512 words that divides a tile or bundle of `tile_words`."""
+    fitting = [words for words in (512, 256) if tile_words % words == 0]
     return BloomConfig(block_words=fitting[0] if fitting else WARPGROUP)
 
 
@@ -40,20 +40,29 @@ def search_space(bundle_words: int) -> list[BloomConfig]:
 
 
 def kernel_problem(
-    rows_shape: tuple[int, ...], num_bundles: int, num_queries: int, config: BloomConfig
+    rows_shape: tuple[int, ...],
+    num_tiles: int,
+    num_queries: int,
+    config: BloomConfig,
+    *,
+    tile_words: int | None = None,
 ) -> str | None:
-    """What keeps the kernel from these shapes, or None."""
+    """What keeps the kernel from `num_tiles` tiles a query (None: whole bundles), or None."""
     num_rows, width = rows_shape
-    tile = config.block_words
-    if width % WARPGROUP:
-        return f"bundles of {width} words; the kernel needs a multiple of {WARPGROUP}"
-    if tile % WARPGROUP or not WARPGROUP <= tile <= MAX_BLOCK_WORDS or width % tile:
+    block = config.block_words
+    unit = "bundles" if tile_words in (None, width) else "tiles"
+    tile = width if tile_words is None else tile_words
+    if tile % WARPGROUP:
+        return f"{unit} of {tile} words; the kernel needs a multiple of {WARPGROUP}"
+    if block % WARPGROUP or not WARPGROUP <= block <= MAX_BLOCK_WORDS or tile % block:
         return (
-            f"block_words={tile}; it needs a multiple of {WARPGROUP}, up to {MAX_BLOCK_WORDS}, "
-            f"that divides the bundle's {width} words"
+            f"block_words={block}; it needs a multiple of {WARPGROUP}, up to {MAX_BLOCK_WORDS}, "
+            f"that divides {unit} of {tile} words"
         )
-    if num_rows == 0 or num_bundles == 0 or num_queries == 0:
+    if num_rows == 0 or num_tiles == 0 or num_queries == 0:
         return "an index without rows or bundles, or no queries"
-    if num_bundles * (width // tile) > MAX_GRID_Y:
-        return f"more than {MAX_GRID_Y} tiles of {tile} words; use a larger block_words, or shards"
+    if num_tiles * (tile // block) > MAX_GRID_Y:
+        return (
+            f"more than {MAX_GRID_Y} blocks of {block} words; use a larger block_words, or shards"
+        )
     return None

@@ -5,7 +5,6 @@ next instruction folds at once (`x AND`, `x OR`) is fused with it and never touc
 """
 
 import functools
-from collections.abc import Callable
 from enum import IntEnum
 
 import jax
@@ -19,6 +18,7 @@ from pallas_kernels.bloom.config import STACK_SLOTS, WARPGROUP, BloomConfig
 from pallas_kernels.bloom.program import BloomOp
 
 KERNEL_NAME = "bloom_search"
+TILES_KERNEL_NAME = "bloom_search_tiles"
 _ONES = 0xFFFFFFFF
 
 
@@ -31,27 +31,49 @@ class _Code(IntEnum):
     OR_TAIL = 11
 
 
-def _kernel(
-    rows,
-    row_offsets,
-    codes,
-    lengths,
-    operands,
-    possibly,
-    surely,
-    stack,
-    *,
-    num_head,
-    num_items,
-    block_words,
+def _catalogue_kernel(
+    rows, row_offsets, codes, lengths, operands, possibly, surely, stack, *, block_words, **static
 ):
-    """possibly, surely [query, tile] = the program of `query` on one tile of words.
+    """possibly, surely [query, block] = the program of `query` on every block of words."""
+    block, query = lax.axis_index("block"), lax.axis_index("query")
+    arrays = (rows, row_offsets, codes, operands, stack)
+    p, s = _run(*arrays, query, lengths[query], block, block_words=block_words, **static)
+    out = pl.ds(block * block_words, block_words)
+    possibly[query, out] = p
+    surely[query, out] = s
+
+
+def _tiles_kernel(
+    rows, row_offsets, codes, lengths, operands, programs, tiles, possibly, surely, stack, *,
+    block_words, tile_words, **static,
+):  # fmt: skip
+    """The same on the blocks of each query's own tiles; nothing is read for tile -1."""
+    place, query = lax.axis_index("block"), lax.axis_index("query")
+    blocks_per_tile = tile_words // block_words
+    last = row_offsets.shape[0] - 2
+    last = (last + 1) * (rows.shape[1] // tile_words) - 1
+    tile = tiles[query, lax.div(place, blocks_per_tile)]
+    program = jnp.clip(programs[query], 0, codes.shape[0] - 1)
+    num_steps = jnp.where(tile >= 0, lengths[program], 0)
+    block = jnp.clip(tile, 0, last) * blocks_per_tile + lax.rem(place, blocks_per_tile)
+    arrays = (rows, row_offsets, codes, operands, stack)
+    p, s = _run(*arrays, program, num_steps, block, block_words=block_words, **static)
+    present = jnp.where(tile >= 0, jnp.uint32(_ONES), jnp.uint32(0))
+    out = pl.ds(place * block_words, block_words)
+    possibly[query, out] = p & present
+    surely[query, out] = s & present
+
+
+def _run(
+    rows, row_offsets, codes, operands, stack, query, num_steps, tile, *,
+    num_head, num_items, block_words,
+):  # fmt: skip
+    """(possibly, surely) of program `query` on one block of words, number `tile`.
 
     Wrong programs may compute nonsense but never leave the arrays: rows and stack slots are
     clamped. The stack needs no barrier: in the one layout that all accesses share, a thread reads
     only the words that it wrote itself.
     """
-    tile, query = lax.axis_index("tile"), lax.axis_index("query")
     num_rows, bundle_words = rows.shape
     num_hashes = operands.shape[2]
     tiles_per_bundle = bundle_words // block_words
@@ -136,7 +158,6 @@ def _kernel(
 
     everything = constant(_ONES)
     start = (jnp.int32(0), jnp.int32(0), everything, everything)
-    num_steps = lengths[query]
     _, _, p, s = lax.while_loop(lambda state: state[0] < num_steps, instruction, start)
 
     first_word = tile * block_words
@@ -144,9 +165,7 @@ def _kernel(
     full, rest = divmod(num_items, 32)
     partial = jnp.where(word == full, jnp.uint32((1 << rest) - 1), jnp.uint32(0))
     real = jnp.where(word < full, jnp.uint32(_ONES), partial)
-    out = pl.ds(first_word, block_words)
-    possibly[query, out] = p & real
-    surely[query, out] = s & real
+    return p & real, s & real
 
 
 def _fuse(opcodes: Int32[Array, "Q P"]) -> Int32[Array, "Q P"]:
@@ -168,32 +187,65 @@ def _lengths(opcodes: Int32[Array, "Q P"]) -> Int32[Array, "Q"]:
 def bloom_search(
     rows: UInt32[Array, "R W"],
     row_offsets: Int32[Array, "G1"],
-    opcodes: Int32[Array, "Q P"],
-    operands: UInt32[Array, "Q P K"],
+    opcodes: Int32[Array, "F P"],
+    operands: UInt32[Array, "F P K"],
     *,
     num_head: int,
     num_items: int,
     config: BloomConfig,
-) -> tuple[UInt32[Array, "Q words"], UInt32[Array, "Q words"]]:
+) -> tuple[UInt32[Array, "F words"], UInt32[Array, "F words"]]:
     """Runs the kernel; arguments as `pallas_kernels.bloom_search`, which checks them."""
-    num_queries, num_words = opcodes.shape[0], (row_offsets.shape[0] - 1) * rows.shape[1]
-    run = plgpu.kernel(
-        functools.partial(
-            _kernel, num_head=num_head, num_items=num_items, block_words=config.block_words
-        ),
-        out_type=[jax.ShapeDtypeStruct((num_queries, num_words), jnp.uint32)] * 2,
-        # The last axis is the fastest: programs that run together read the same bundle from L2.
-        grid=(num_words // config.block_words, num_queries),
-        grid_names=("tile", "query"),
-        scratch_types=[plgpu.SMEM((STACK_SLOTS, 2, config.block_words), jnp.uint32)],
-        # Safe, since no thread reads what another wrote: see `_kernel`.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        kernel_name=KERNEL_NAME,
+    static = {"num_head": num_head, "num_items": num_items, "block_words": config.block_words}
+    run = _launch(
+        functools.partial(_catalogue_kernel, **static),
+        KERNEL_NAME,
+        num_queries=opcodes.shape[0],
+        num_words=(row_offsets.shape[0] - 1) * rows.shape[1],
+        config=config,
     )
     possibly, surely = run(rows, row_offsets, _fuse(opcodes), _lengths(opcodes), operands)
     return possibly, surely
 
 
-def with_config(config: BloomConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """`bloom_search` with its tiles chosen."""
-    return functools.partial(bloom_search, config=config)
+@functools.partial(jax.jit, static_argnames=("tile_words", "num_head", "num_items", "config"))
+def bloom_search_tiles(
+    rows: UInt32[Array, "R W"],
+    row_offsets: Int32[Array, "G1"],
+    opcodes: Int32[Array, "F P"],
+    operands: UInt32[Array, "F P K"],
+    programs: Int32[Array, "Q"],
+    tiles: Int32[Array, "Q T"],
+    *,
+    tile_words: int,
+    num_head: int,
+    num_items: int,
+    config: BloomConfig,
+) -> tuple[UInt32[Array, "Q words"], UInt32[Array, "Q words"]]:
+    """Runs the kernel on each query's own tiles."""
+    static = {"num_head": num_head, "num_items": num_items, "block_words": config.block_words}
+    run = _launch(
+        functools.partial(_tiles_kernel, tile_words=tile_words, **static),
+        TILES_KERNEL_NAME,
+        num_queries=tiles.shape[0],
+        num_words=tiles.shape[1] * tile_words,
+        config=config,
+    )
+    programs, tiles = jnp.asarray(programs), jnp.asarray(tiles)
+    possibly, surely = run(
+        rows, row_offsets, _fuse(opcodes), _lengths(opcodes), operands, programs, tiles
+    )
+    return possibly, surely
+
+
+def _launch(kernel, name: str, *, num_queries: int, num_words: int, config: BloomConfig):
+    return plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct((num_queries, num_words), jnp.uint32)] * 2,
+        # The last axis is the fastest: programs that run together read the same bundle from L2.
+        grid=(num_words // config.block_words, num_queries),
+        grid_names=("block", "query"),
+        scratch_types=[plgpu.SMEM((STACK_SLOTS, 2, config.block_words), jnp.uint32)],
+        # Safe, since no thread reads what another wrote: see `_run`.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name=name,
+    )

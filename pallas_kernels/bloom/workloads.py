@@ -11,6 +11,7 @@ from pallas_kernels._backend import Backend
 from pallas_kernels.bloom.api import BloomMasks, bloom_search
 from pallas_kernels.bloom.build import bloom_build, partition_width
 from pallas_kernels.bloom.config import BloomConfig
+from pallas_kernels.bloom.hash import row_hashes
 from pallas_kernels.bloom.program import BloomOp
 
 _TAIL_VALUES = 50_000
@@ -67,38 +68,41 @@ class BloomWorkload:
             jax.ShapeDtypeStruct((*programs, self.num_hashes), jnp.uint32),
         )
 
-    def arrays(self, seed: int) -> tuple[np.ndarray, ...]:
+    def arrays(self, seed: int) -> tuple[jax.Array | np.ndarray, ...]:
         """A random catalogue's index and random programs over it."""
         rng = np.random.default_rng(seed)
-        hashes = rng.integers(0, 2**32, (_TAIL_VALUES, self.num_hashes), dtype=np.uint32)
+        terms = rng.integers(0, 2**32, (_TAIL_VALUES, 2), dtype=np.uint32)
         items = np.arange(self.num_items, dtype=np.int32)
         tail_items = np.repeat(items, self.terms_per_item)
         rows, row_offsets = bloom_build(
             self.num_items,
             bundle_words=self.bundle_words,
             num_head=self.num_head,
+            num_hashes=self.num_hashes,
             widths=np.full(self.num_bundles, self.width, np.int32),
             head_items=items,
             head_rows=rng.integers(0, self.num_head, self.num_items).astype(np.int32),
             tail_items=tail_items,
-            tail_hashes=hashes[rng.integers(0, _TAIL_VALUES, tail_items.size)],
+            tail_terms=terms[rng.integers(0, _TAIL_VALUES, tail_items.size)],
         )
         opcodes = np.tile(np.array(self.PROGRAM, np.int32), (self.num_queries, 1))
-        operands = hashes[rng.integers(0, _TAIL_VALUES, opcodes.shape)]
+        operands = row_hashes(terms[rng.integers(0, _TAIL_VALUES, opcodes.shape)], self.num_hashes)
         operands[:, 0, 0] %= self.num_head
         return rows, row_offsets, opcodes, operands
 
     def run(
         self,
         *arrays: Any,
+        tile_words: int = 2,
         backend: Backend | None = None,
         config: BloomConfig | None = None,
     ) -> BloomMasks:
-        """`bloom_search` of (rows, row_offsets, opcodes, operands) with the static arguments."""
+        """`bloom_search` of (rows, row_offsets, opcodes, operands, …) with its static ones."""
         return bloom_search(
             *arrays,
             num_head=self.num_head,
             num_items=self.num_items,
+            tile_words=tile_words,
             backend=backend,
             config=config,
         )

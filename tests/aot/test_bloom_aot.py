@@ -57,6 +57,26 @@ def test_no_name_means_the_kernel_on_an_h200():
     assert jax.default_backend() == "cpu"
 
 
+@pytest.mark.parametrize(("tile_words", "max_registers"), [(128, 40), (512, 64)])
+def test_machine_code_of_tiles(tile_words, max_registers):
+    """The same loop, and scratch for nothing but the programs."""
+    workload = WORKLOADS["10m_q64"]
+    queries, tiles = 12 * workload.num_queries, 64
+    shapes = (
+        *workload.shapes(),
+        jax.ShapeDtypeStruct((queries,), jax.numpy.int32),
+        jax.ShapeDtypeStruct((queries, tiles), jax.numpy.int32),
+    )
+    run = functools.partial(workload.run, backend="mosaic_gpu", tile_words=tile_words)
+    report = compile_for_h200(run, *shapes)
+    assert report.temp_bytes < 100 * workload.num_queries, "a mask is copied"
+    kernel = report.kernel("bloom_search_tiles_mosaic_gpu")
+    assert kernel.registers <= max_registers
+    assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0
+    assert kernel.count("BRX") == 1
+    assert kernel.count("BAR") <= 1
+
+
 @pytest.mark.slow
 def test_reference_is_bounded_in_memory():
     workload = WORKLOADS["10m_q64"]

@@ -1,10 +1,13 @@
 """Random catalogues and expressions: nothing eligible is lost, exact masks equal brute force."""
 
+import time
+import tracemalloc
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrec.retrieval import BloomIndex, F, FilterError, unpack_mask
+from jaxrec.retrieval import BloomIndex, F, FilterError, spread_tiles, unpack_mask
 from jaxrec.retrieval import terms as terms_module
 from jaxrec.retrieval.filters import And, Everything, Not, Nothing, Or, Term
 from jaxrec.retrieval.terms import hash_texts
@@ -146,6 +149,74 @@ def test_order_moves_the_bits_and_leaves_gaps_out():
     assert not np.asarray(index.verify(plan, np.array([[1]] * 4, np.int32))).any()
 
 
+def test_masks_of_tiles_are_words_of_the_whole():
+    rng = np.random.default_rng(5)
+    index = BloomIndex.build(catalogue(rng, 500), max_fpr=0.05, bundle_words=8).clear([70, 71])
+    plan = index.compile([random_tree(rng, 2) for _ in range(6)])
+    tiles = np.stack([rng.permutation(8)[:5] for _ in range(6)]).astype(np.int32)
+    tiles[:, 2] = -1
+    for whole, part in zip(index.masks(plan), index.masks(plan, tiles), strict=True):
+        spread = np.asarray(spread_tiles(part, tiles, whole.shape[1]))
+        looked_at = np.zeros(whole.shape, bool)
+        for query, own in enumerate(tiles):
+            looked_at[query, [w for t in own[own >= 0] for w in (2 * t, 2 * t + 1)]] = True
+        np.testing.assert_array_equal(spread, np.where(looked_at, whole, 0))
+
+
+def test_queries_share_filters():
+    rng = np.random.default_rng(6)
+    index = BloomIndex.build(catalogue(rng, 300), max_fpr=0.1)
+    trees = [random_tree(rng, 2) for _ in range(3)]
+    filters = [trees[i] for i in (0, 1, 0, 2, 1, 0)]
+    apart, shared = index.compile(filters), index.compile(filters, share=True)
+    grouped = index.compile(trees).for_queries(np.array([0, 1, 0, 2, 1, 0]))
+    assert (apart.opcodes.shape[0], shared.opcodes.shape[0], grouped.opcodes.shape[0]) == (6, 4, 3)
+    rows = rng.integers(-1, 300, (6, 20)).astype(np.int32)
+    tiles = rng.integers(-1, 5, (6, 3)).astype(np.int32)
+    backwards = np.arange(6)[::-1]
+    for plan in (shared, grouped, grouped.for_queries(backwards).for_queries(backwards)):
+        assert plan.num_queries == 6
+        for a, b in (
+            (index.masks(plan), index.masks(apart)),
+            (index.masks(plan, tiles), index.masks(apart, tiles)),
+            ([index.search(plan, exact=True)], [index.search(apart, exact=True)]),
+            ([index.exact_mask(plan)], [index.exact_mask(apart)]),
+            ([index.verify(plan, rows)], [index.verify(apart, rows)]),
+        ):
+            for x, y in zip(a, b, strict=True):
+                np.testing.assert_array_equal(x, y)
+    with pytest.raises(ValueError, match="names the queries 0 to 6; the plan has 0 to 5"):
+        apart.for_queries(np.array([0, 6]))
+
+
+@pytest.mark.slow
+def test_ten_thousand_expressions_lose_nothing():
+    """Random catalogues and expressions, a thousand a plan; some items change in between."""
+    for seed in range(10):
+        rng = np.random.default_rng(100 + seed)
+        num_items = int(rng.integers(50, 400))
+        features = catalogue(rng, num_items)
+        index = BloomIndex.build(
+            features, max_fpr=float(rng.choice([0.3, 0.05, 1e-3])),
+            num_hashes=int(rng.integers(1, 6)), bundle_words=int(rng.choice([2, 8, 64])),
+        )  # fmt: skip
+        positions = rng.choice(num_items, 20, replace=False)
+        changes = catalogue(rng, 20)
+        for name, column in changes.items():
+            features[name] = np.array(features[name], object)
+            for position, entry in zip(positions, column, strict=True):
+                features[name][position] = entry
+        features = {name: list(column) for name, column in features.items()}
+        index = index.update(positions, changes)
+        trees = [random_tree(rng, rng.integers(0, 4)) for _ in range(1_000)]
+        plan = index.compile(trees)
+        want = np.stack([brute_force(tree, features) for tree in trees])
+        possibly = np.asarray(unpack_mask(index.search(plan), num_items))
+        assert not (want & ~possibly).any()
+        exact = unpack_mask(index.search(plan, exact=True), num_items)
+        np.testing.assert_array_equal(exact, want)
+
+
 def test_unknown_values_match_nothing_and_unknown_features_fail():
     index = BloomIndex.build({"language": ["en", "de"]})
     plan = index.compile(["language:xx", "NOT language:xx", ""])
@@ -199,11 +270,59 @@ def test_entangled_filters_are_a_clear_error():
         ({"a": [1, 2], "b": [1]}, "'b' has 1 entries and 'a' has 2"),
         ({"a": ["x", 1.5]}, "feature 'a' of item 1: .* not 1.5"),
         ({"": [1]}, "cannot be the name"),
+        ({"a": ["x", float("nan")]}, "feature 'a' of item 1: .*None for a missing value"),
+        ({"a": ["x", ["y", None]]}, "feature 'a' of item 1: .*None for a missing value"),
+        ({"a": [1, b"x"]}, "feature 'a' of item 1: .*not b'x'"),
     ],
 )
 def test_bad_features(features, message):
     with pytest.raises(FilterError, match=message):
         BloomIndex.build(features)
+
+
+def test_a_feature_may_change_its_type_from_item_to_item():
+    index = BloomIndex.build({"a": [1, "1", [1, "x"], True, None, ("true",), {"1"}, np.int8(1)]})
+    mask = index.search(index.compile(["a:1", "a:true", "NOT a:1"]), exact=True)
+    want = [[1, 1, 1, 0, 0, 0, 1, 1], [0, 0, 0, 1, 0, 1, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0]]
+    np.testing.assert_array_equal(unpack_mask(mask, 8), np.array(want, bool))
+
+
+def test_two_dimensional_columns_hold_a_value_a_place():
+    values = np.array([[1, 2], [2, 2], [3, 1]])
+    index = BloomIndex.build({"a": values})
+    mask = index.search(index.compile(["a:1", "a:2"]), exact=True)
+    np.testing.assert_array_equal(unpack_mask(mask, 3), [[True, False, True], [True, True, False]])
+
+
+def test_an_item_with_ten_thousand_values():
+    """It is found by each of them, and does not widen the rows for everybody else."""
+    tags = [[f"t{i}"] for i in range(20_000)]
+    tags[7] = [f"t{i}" for i in range(10_000)]
+    index = BloomIndex.build({"tag": tags})
+    small = BloomIndex.build({"tag": [[f"t{i}"] for i in range(20_000)]})
+    assert index.rows.shape[0] < 2 * small.rows.shape[0]
+    plan = index.compile(["tag:t9999", "tag:t10000"])
+    for mask in (index.search(plan, exact=True), index.exact_mask(plan)):
+        found = np.asarray(unpack_mask(mask, 20_000))
+        assert np.flatnonzero(found[0]).tolist() == [7, 9_999]
+        assert np.flatnonzero(found[1]).tolist() == [10_000]
+
+
+@pytest.mark.slow
+def test_a_million_distinct_values():
+    """Half a minute and a few hundred bytes a value at most, on one slow core."""
+    count = 1_000_000
+    tracemalloc.start()
+    began = time.monotonic()
+    index = BloomIndex.build({"creator": np.arange(count), "name": [f"n{i}" for i in range(count)]})
+    seconds, peak = time.monotonic() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seconds < 120
+    assert peak < 1_500 * count
+    assert index.num_head == 0
+    plan = index.compile(["creator:999999", "name:n5", "name:n1000000"])
+    masks = np.asarray(index.search(plan, exact=True))
+    assert [np.flatnonzero(m).tolist() for m in masks] == [[999_999 // 32], [0], []]
 
 
 def test_bad_arguments():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 
-from pallas_kernels.bloom import MAX_DEPTH, BloomOp, bloom_build, partition_width
+from pallas_kernels.bloom import MAX_DEPTH, BloomOp, bloom_build, partition_width, row_hashes
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def random_catalogue(
     head_of_item = rng.integers(-1, num_head, num_items) if num_head else np.full(num_items, -1)
     terms_of_item = rng.random((num_items, num_terms)) < 0.15
     terms_of_item[: bundle_words * 32] = False
-    hashes = rng.integers(0, 2**32, (num_terms, num_hashes), dtype=np.uint32)
+    terms = rng.integers(0, 2**32, (num_terms, 2), dtype=np.uint32)
     bundle_of_item = np.arange(num_items) // (bundle_words * 32)
     num_bundles = -(-num_items // (bundle_words * 32))
     most_terms = np.zeros(num_bundles, np.int64)
@@ -46,13 +46,22 @@ def random_catalogue(
         num_items,
         bundle_words=bundle_words,
         num_head=num_head,
+        num_hashes=num_hashes,
         widths=np.array([partition_width(int(n), num_hashes, max_fpr) for n in most_terms], "i4"),
         head_items=head_items.astype(np.int32),
         head_rows=head_of_item[head_items].astype(np.int32),
         tail_items=tail_items.astype(np.int32),
-        tail_hashes=hashes[tail_terms],
+        tail_terms=terms[tail_terms],
     )
-    return Catalogue(num_items, num_head, head_of_item, terms_of_item, hashes, rows, row_offsets)
+    return Catalogue(
+        num_items,
+        num_head,
+        head_of_item,
+        terms_of_item,
+        np.asarray(row_hashes(terms, num_hashes)),
+        np.asarray(rows),
+        np.asarray(row_offsets),
+    )
 
 
 def random_programs(

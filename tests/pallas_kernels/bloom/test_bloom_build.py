@@ -9,6 +9,7 @@ from pallas_kernels.bloom import (
     bloom_build,
     check_programs,
     partition_width,
+    row_hashes,
 )
 
 
@@ -16,11 +17,12 @@ def build(**changes):
     arguments = {
         "bundle_words": 1,
         "num_head": 2,
+        "num_hashes": 2,
         "widths": np.array([3, 1], np.int32),
         "head_items": np.array([33, 0], np.int32),
         "head_rows": np.array([1, 0], np.int32),
         "tail_items": np.array([2, 34], np.int32),
-        "tail_hashes": np.array([[4, 5], [7, 9]], np.uint32),
+        "tail_terms": np.array([[4, 5], [7, 9]], np.uint32),
     }
     return bloom_build(40, **(arguments | changes))
 
@@ -28,10 +30,11 @@ def build(**changes):
 def test_bits_lie_where_the_layout_says():
     rows, offsets = build()
     assert offsets.tolist() == [0, 8, 12]
+    hashes = row_hashes(np.array([[4, 5]], np.uint32), 2)[0]
     want = np.zeros((12, 1), np.uint32)
     want[0] = 1 << 0  # item 0 has head value 0
-    want[2 + 4 % 3] = 1 << 2  # item 2, hash 0
-    want[2 + 3 + 5 % 3] = 1 << 2  # item 2, hash 1
+    want[2 + hashes[0] % 3] = 1 << 2  # item 2, hash 0
+    want[2 + 3 + hashes[1] % 3] = 1 << 2  # item 2, hash 1
     want[8 + 1] = 1 << 1  # item 33 has head value 1
     want[8 + 2] = want[8 + 3] = 1 << 2  # item 34, both hashes, width 1
     np.testing.assert_array_equal(rows, want)

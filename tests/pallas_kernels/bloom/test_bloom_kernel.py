@@ -51,6 +51,37 @@ def test_simulated_kernel_equals_reference_without_races():
             np.testing.assert_array_equal(mask, expected)
 
 
+TILED = [
+    # bundle words, tile words, block words, head rows, hashes, steps
+    (128, 128, 128, 3, 2, 9),
+    (512, 256, 128, 2, 3, 6),
+]
+
+
+def tiled_case(bundle_words, tile_words, num_head, num_hashes, num_steps, **sizes):
+    arrays, static = case(bundle_words, num_head, num_hashes, num_steps, **sizes)
+    rng = np.random.default_rng(9)
+    num_tiles = (len(arrays[1]) - 1) * (bundle_words // tile_words)
+    programs = rng.integers(0, len(arrays[2]), 5).astype(np.int32)
+    tiles = rng.integers(-1, num_tiles, (5, 3)).astype(np.int32)
+    return (*arrays, programs, tiles), static | {"tile_words": tile_words}
+
+
+def test_simulated_kernel_on_tiles_equals_reference_without_races():
+    cases = []
+    for bundle_words, tile_words, block_words, *rest in TILED:
+        arrays, static = tiled_case(bundle_words, tile_words, *rest)
+        cases.append((arrays, static | {"config": BloomConfig(block_words)}))
+    arrays, static = cases[0]  # tiles and programs that do not exist: nonsense, but no crash
+    wrong = (*arrays[:4], np.full(5, 77, np.int32), np.full((5, 3), 1 << 30, np.int32))
+    *results, _ = simulate(TARGET + "_tiles", [*cases, (wrong, static)])
+    for (arrays, options), got in zip(cases, results, strict=True):
+        static = {name: value for name, value in options.items() if name != "config"}
+        want = ref.bloom_search_tiles(*map(jax.numpy.asarray, arrays), **static)
+        for mask, expected in zip(got, want, strict=True):
+            np.testing.assert_array_equal(mask, expected)
+
+
 def test_wrong_programs_stay_inside_the_arrays():
     """Underflow, overflow, unknown opcodes and rows: nonsense, but neither a crash nor a race."""
     arrays, static = case(128, 2, 2, 12)
@@ -69,7 +100,7 @@ def test_wrong_programs_stay_inside_the_arrays():
         ((10, 2048), 1, 2048, "up to 1024"),
         ((10, 128), 1, 0, "block_words=0"),
         ((0, 128), 1, 128, "without rows"),
-        ((10, 256), 40_000, 128, "more than 65535 tiles"),
+        ((10, 256), 40_000, 128, "more than 65535 blocks"),
     ],
 )
 def test_unsupported_shapes_are_explained(rows, bundles, tile, problem):
@@ -93,6 +124,16 @@ class TestOnGpu:
             bundle_words, num_head, num_hashes, num_steps, bundles=9, num_queries=33, seed=seed
         )
         got = bloom_search(*arrays, **static, backend="mosaic_gpu", config=BloomConfig(tile))
+        want = bloom_search(*arrays, **static, backend="xla")
+        for mask, expected in zip(got, want, strict=True):
+            np.testing.assert_array_equal(mask, expected)
+
+    @pytest.mark.parametrize("shape", TILED)
+    def test_tiles(self, shape):
+        bundle_words, tile_words, block_words, *rest = shape
+        arrays, static = tiled_case(bundle_words, tile_words, *rest, bundles=9, num_queries=33)
+        config = BloomConfig(block_words)
+        got = bloom_search(*arrays, **static, backend="mosaic_gpu", config=config)
         want = bloom_search(*arrays, **static, backend="xla")
         for mask, expected in zip(got, want, strict=True):
             np.testing.assert_array_equal(mask, expected)

@@ -1,6 +1,7 @@
 """The reference against brute force and against the items' real attributes."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def test_chunks_of_bundles_do_not_show():
     opcodes, operands, _ = random_programs(rng, catalogue, num_queries=4, num_steps=7)
     static = {"num_head": catalogue.num_head, "num_items": catalogue.num_items}
     arrays = [jnp.asarray(x) for x in (catalogue.rows, catalogue.row_offsets, opcodes, operands)]
-    assert ref._bundle_chunks(7, 2, 6).shape == (3, 3)
+    assert ref._chunks(jnp.zeros((1, 7), jnp.int32), 2, 6).shape == (1, 3, 3)
     whole = ref.bloom_search(*arrays, **static)
     pieces = ref.bloom_search(*arrays, **static, chunk_words=6)
     for a, b in zip(whole, pieces, strict=True):
@@ -95,12 +96,39 @@ def test_queries_side_by_side_equal_one_by_one():
     opcodes, operands, _ = random_programs(rng, catalogue, num_queries=4, num_steps=7)
     rows, row_offsets = jnp.asarray(catalogue.rows), jnp.asarray(catalogue.row_offsets)
     static = {"num_head": catalogue.num_head, "num_items": catalogue.num_items}
-    chunks = ref._bundle_chunks(5, 2, 6)
-    one_query = functools.partial(ref._search_one, rows, row_offsets, chunks, **static)
+    chunks = ref._chunks(jnp.arange(5, dtype=jnp.int32)[None], 2, 6)[0]
+    one_query = functools.partial(ref._search_one, rows[:, None], row_offsets, chunks, **static)
     together = jax.jit(jax.vmap(one_query))(opcodes, operands)
     wanted = ref.bloom_search(rows, row_offsets, opcodes, operands, **static)
     for a, b in zip(together, wanted, strict=True):
-        np.testing.assert_array_equal(a.reshape(4, -1)[:, : b.shape[1]], b)
+        np.testing.assert_array_equal(a[:, : b.shape[1]], b)
+
+
+@pytest.mark.parametrize(("tile_words", "chunk_words"), [(1, 8), (2, 1000), (4, 4)])
+def test_tiles_are_words_of_the_whole(tile_words, chunk_words):
+    """Any tiles in any order, repeated or absent, for queries that share programs."""
+    rng = np.random.default_rng(5)
+    catalogue = random_catalogue(rng, num_items=128 * 5 - 9, bundle_words=4)
+    opcodes, operands, _ = random_programs(rng, catalogue, num_queries=3, num_steps=7)
+    index = (catalogue.rows, catalogue.row_offsets)
+    static: Any = {"num_head": catalogue.num_head, "num_items": catalogue.num_items}
+    plan_of_query = np.array([2, 0, 0, 1, 2], np.int32)
+    tiles = rng.integers(-1, 20 // tile_words, (5, 11)).astype(np.int32)
+    whole = bloom_search(*index, opcodes, operands, plan_of_query, **static)
+    alone = bloom_search(*index, opcodes, operands, **static)
+    part = bloom_search(
+        *index, opcodes, operands, plan_of_query, tiles, tile_words=tile_words, **static
+    )
+    pieces = ref.bloom_search_tiles(
+        *map(jnp.asarray, (*index, opcodes, operands, plan_of_query, tiles)),
+        tile_words=tile_words, chunk_words=chunk_words, **static,
+    )  # fmt: skip
+    for all_words, own, words, chunked in zip(whole, alone, part, pieces, strict=True):
+        np.testing.assert_array_equal(all_words, np.asarray(own)[plan_of_query])
+        cut = np.asarray(all_words).reshape(5, -1, tile_words)
+        want = cut[np.arange(5)[:, None], tiles] * (tiles >= 0)[..., None]
+        np.testing.assert_array_equal(words, want.reshape(5, -1))
+        np.testing.assert_array_equal(chunked, want.reshape(5, -1))
 
 
 def test_index_without_rows_still_answers():
@@ -120,6 +148,9 @@ def test_index_without_rows_still_answers():
         ({"num_head": -1}, "num_head is -1"),
         ({"opcodes": np.zeros((1, 3), np.int32)}, "operands has shape"),
         ({"rows": np.zeros((4, 2), np.int32)}, "rows is int32"),
+        ({"tiles": np.zeros((2, 1), np.int32)}, "with 1 rows, one for each query"),
+        ({"tiles": np.zeros((1, 1), np.int32), "tile_words": 3}, "a divisor of the bundle's 2"),
+        ({"plan_of_query": np.zeros((1, 1), np.int32)}, "plan_of_query is int32"),
         ({"backend": "mosaic_gpu"}, "backend 'mosaic_gpu' cannot run this call"),
         ({"backend": "triton"}, "unknown backend 'triton'"),
     ],

@@ -11,7 +11,7 @@ def test_arrays_have_the_announced_shapes_and_valid_programs():
     arrays = workload.arrays(0)
     for array, shape in zip(arrays, workload.shapes(), strict=True):
         assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
-    check_programs(arrays[2], arrays[3], num_head=workload.num_head)
+    check_programs(np.asarray(arrays[2]), np.asarray(arrays[3]), num_head=workload.num_head)
     for array, again in zip(arrays, workload.arrays(0), strict=True):
         np.testing.assert_array_equal(array, again)
 
