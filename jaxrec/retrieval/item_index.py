@@ -190,6 +190,12 @@ class ItemIndex:
 
         return {name: pick(column) for name, column in self.columns.items()}
 
+    def vectors_of(self, ids: Int[_Array, "*shape"]) -> Float[Array, "*shape D"]:
+        """The items' vectors in f32, as they are searched; zeros for ids not held."""
+        rows = self.ivf.rows_of(ids)
+        vectors = jnp.asarray(self.ivf.vectors)[jnp.maximum(rows, 0)].astype(jnp.float32)
+        return jnp.where((rows >= 0)[..., None], vectors, 0)
+
     def explain(
         self,
         query: Float[_Array, "D"],
