@@ -156,11 +156,13 @@ def test_explain(retriever, batch, catalogue):
     why = retriever.explain(query, "tag:1 OR language:en", item)
     assert why.rejected_by == ("tag:1 OR language:en" if catalogue["tag"][item - 1] != 1 else None)
     row = np.asarray(retriever.model.item_embeddings())[item]
-    assert why.score == pytest.approx(float(np.dot(row, query)), rel=1e-5)
-    assert why.code_score == pytest.approx(why.score, abs=0.05)
+    found = why.search["score"]
+    assert why.value == found.score == pytest.approx(float(np.dot(row, query)), rel=1e-5)
+    assert found.code_score == pytest.approx(found.score, abs=0.05)
     best = int(retriever(batch, retriever.compile([None] * 4), k=1, nprobe=1).ids[0, 0])
-    assert retriever.explain(query, None, best, nprobe=1)[:3] == (None, 0, True)
-    assert not retriever.explain(query, None, item, nprobe=why.list_rank).probed
+    assert retriever.explain(query, None, best, nprobe=1).search["score"][:3] == (None, 0, True)
+    other = retriever.explain(query, None, item, nprobe=found.list_rank)
+    assert not other.search["score"].probed
     with pytest.raises(ValueError, match="holds no item 0"):
         retriever.explain(query, None, 0)
 
