@@ -33,6 +33,7 @@ def plot(
     x: str,
     y: str,
     log_x: bool = False,
+    log_y: bool = False,
     lines: Mapping[str, float] | None = None,
     bottom: float | None = None,
 ) -> bytes:
@@ -44,6 +45,8 @@ def plot(
         axes.axhline(value, color="#8a94a0", ls="--", lw=1.2, label=name)
     if log_x:
         axes.set_xscale("log")
+    if log_y:
+        axes.set_yscale("log")
     if bottom is not None:
         axes.set_ylim(bottom=bottom)
     if len(series) + len(lines or {}) > 1:

@@ -132,10 +132,15 @@ class BloomIndex:
         Cost: host time linear in the (item, value) pairs; per item one bit a head value, about
         K / -ln(1 - max_fpr^(1/K)) bits a tail value (17 by default), and 4 bytes a value.
         """
-        if not 0 < max_fpr < 1 or num_hashes < 1 or (bundle_words or 1) < 1:
+        if (
+            not 0 < max_fpr < 1
+            or num_hashes < 1
+            or min(bundle_words or 1, 1 + (tail_terms or 0)) < 1
+        ):
             raise ValueError(
-                f"max_fpr is {max_fpr}, num_hashes {num_hashes}, bundle_words {bundle_words}; "
-                "expected a probability between 0 and 1, and at least 1 of each"
+                f"max_fpr is {max_fpr}, num_hashes {num_hashes}, bundle_words {bundle_words}, "
+                f"tail_terms {tail_terms}; expected a probability between 0 and 1, at least 1 hash "
+                "and word, and at least 0 terms"
             )
         pairs, catalog = collect_terms(features)
         placed = placement(pairs.num_items, order, capacity)
@@ -148,7 +153,7 @@ class BloomIndex:
         return _assemble(
             pairs, catalog, placed >= 0, np.where(placed >= 0, counts, tail_terms),
             max_fpr=max_fpr, num_hashes=num_hashes, bundle_words=bundle_words,
-            tail_terms=tail_terms,
+            tail_terms=tail_terms, terms_per_item=len(pairs.terms) / max(num_live, 1),
         )  # fmt: skip
 
     def empty_like(self, capacity: int, *, tail_terms: int | None = None) -> "BloomIndex":
@@ -167,10 +172,12 @@ class BloomIndex:
                 f"capacity is {capacity} and tail_terms {tail_terms}; expected at least 1 and 0"
             )
         pairs = ItemTerms(capacity, np.zeros(0, np.int32), np.zeros(0, np.int32))
+        num_live = int(np.bitwise_count(np.asarray(self.live)).sum())
         return _assemble(
             pairs, self.catalog, np.zeros(capacity, bool), np.full(capacity, tail_terms),
             max_fpr=self.max_fpr, num_hashes=self.num_hashes, bundle_words=None,
-            tail_terms=tail_terms, max_item_terms=self.max_item_terms,
+            tail_terms=tail_terms, terms_per_item=int(self.terms_used) / max(num_live, 1),
+            max_item_terms=self.max_item_terms,
         )  # fmt: skip
 
     def update(
@@ -188,8 +195,9 @@ class BloomIndex:
         their bundle was sized for only cause more false positives, which verification removes.
 
         Shapes stay, so that nothing is compiled anew, until either an item has more than
-        `max_item_terms` terms, or the present terms of all items outgrow `term_values` (an eighth
-        and 1024 slots are spare; former segments are reclaimed as needed).
+        `max_item_terms` terms, or the present terms of all items outgrow `term_values`. That has
+        slots for an average item at each position, and an eighth and 1024 more; slots of former
+        items are reclaimed as needed.
 
         Args:
           positions: 0 to N - 1, each once.
@@ -383,13 +391,14 @@ class BloomIndex:
 def _assemble(
     pairs: ItemTerms, catalog: TermCatalog, held: np.ndarray, sized_for: np.ndarray, *,
     max_fpr: float, num_hashes: int, bundle_words: int | None, tail_terms: int,
-    max_item_terms: int = 0,
+    terms_per_item: float, max_item_terms: int = 0,
 ) -> BloomIndex:  # fmt: skip
-    """The index of these pairs, each position sized for so many tail terms."""
+    """The index of these pairs, its bits and its pool sized for the items still to come."""
     if bundle_words is None:
         bundle_words = 512 if pairs.num_items >= 1 << 16 else 128
     rows, row_offsets = bit_rows(pairs, catalog, sized_for, max_fpr, num_hashes, bundle_words)
-    pool = make_pool(pairs, spare_slots(len(pairs.terms)))
+    to_come = int(np.count_nonzero(~held) * max(terms_per_item, tail_terms))
+    pool = make_pool(pairs, to_come + spare_slots(len(pairs.terms) + to_come))
     most = int(np.bincount(pairs.items, minlength=1).max())
     return BloomIndex(
         rows=rows,

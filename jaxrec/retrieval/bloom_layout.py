@@ -41,7 +41,7 @@ def reordered(pairs: ItemTerms, order: Int[np.ndarray, "N"]) -> ItemTerms:
         raise ValueError(
             f"order names item {items.max()}; the features describe {pairs.num_items} items"
         )
-    if len(np.unique(items)) != len(items):
+    if (np.bincount(items, minlength=1) > 1).any():
         raise ValueError("order names an item more than once")
     position = np.full(pairs.num_items, -1, np.int64)
     position[items] = placed

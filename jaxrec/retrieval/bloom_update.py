@@ -148,7 +148,7 @@ def _compacted(pool: TermPool, live: np.ndarray, leaving: np.ndarray, wanted: in
     kept = values[np.repeat(spans[:, 0], lengths) + within]
     size = len(values)
     if used + wanted + spare_slots(used + wanted) // 2 > size:
-        size = used + wanted + spare_slots(used + wanted)
+        size = max(used + wanted + spare_slots(used + wanted), size + size // 2)
     return TermPool(
         jnp.asarray(np.stack([ends - lengths, ends], axis=1).astype(np.int32)),
         jnp.asarray(np.pad(kept, (0, size - used))),

@@ -241,7 +241,9 @@ def _encode(features: Mapping[str, Any]):
 
 
 def _distinct_pairs(num_items: int, items, terms, num_terms: int) -> ItemTerms:
-    pairs = np.unique(items * max(num_terms, 1) + terms)
+    # np.unique hashes integers, which takes ten times as long as sorting these.
+    pairs = np.sort(items * max(num_terms, 1) + terms)
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]
     owners, terms = np.divmod(pairs, max(num_terms, 1))
     return ItemTerms(num_items, owners.astype(np.int32), terms.astype(np.int32))
 
@@ -250,7 +252,8 @@ def _collision_free(texts: list[str]) -> tuple[int, UInt64[np.ndarray, "n"]]:
     """A seed under which all texts have hashes of their own; the first nearly always will do."""
     for seed in range(16):
         hashes = hash_texts(texts, seed)
-        if len(np.unique(hashes)) == len(texts):
+        ordered = np.sort(hashes)
+        if (ordered[1:] != ordered[:-1]).all():
             return seed, hashes
     raise FilterError("16 hash functions in a row collide on the catalogue's values")
 

@@ -122,9 +122,11 @@ def test_an_empty_index_grows(fresh_of):
     else:
         index = BloomIndex.build(features, order=np.full(100, -1))
     assert not exact(index).any()
+    slots = index.term_values.shape
     for begin in range(0, 100, 20):
         part = {name: column[begin : begin + 20] for name, column in features.items()}
         index = index.update(np.arange(begin, begin + 20), part)
+    assert index.term_values.shape == slots
     np.testing.assert_array_equal(exact(index), truth(features))
 
 
@@ -266,6 +268,19 @@ def test_bad_capacities():
         BloomIndex.build({"a": [1, 2]}, order=np.array([0, 1]), capacity=3)
     with pytest.raises(ValueError, match="tail_terms -1"):
         BloomIndex.build({"a": [1, 2]}).empty_like(3, tail_terms=-1)
+    with pytest.raises(ValueError, match="tail_terms -1"):
+        BloomIndex.build({"a": [1, 2]}, tail_terms=-1)
+
+
+def test_a_large_fresh_index_has_room_for_its_items():
+    main = BloomIndex.build({"tag": [list(range(i, i + 20)) for i in range(500)]})
+    fresh = main.empty_like(2_000)
+    tags = [list(range(i, i + 20)) for i in range(2_000)]
+    filled = fresh.update(np.arange(2_000), {"tag": tags})
+    assert filled.term_values.shape == fresh.term_values.shape
+    plan = main.compile(["tag:7"])
+    found = np.asarray(unpack_mask(filled.search(plan, exact=True), 2_000))
+    assert np.flatnonzero(found[0]).tolist() == list(range(8))
 
 
 def test_updated_items_match_no_foreign_terms():
