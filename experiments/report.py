@@ -24,7 +24,7 @@ figcaption { color: #55606e; font-size: .9rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
 code { background: #f2f4f7; padding: .1rem .35rem; border-radius: .25rem; font-size: .9em; }
 """
-COLOURS = ["#2563a8", "#d9822b", "#3a9a6b", "#8a5bb0"]
+COLOURS = ["#2563a8", "#d9822b", "#3a9a6b", "#8a5bb0", "#b8434e"]
 
 
 def plot(
