@@ -15,7 +15,7 @@ A seed takes some minutes on one CPU core.
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,7 @@ class OverArchExperiment:
       setting: of the towers, as for `train_sequence`.
       data: the dataset folder, if it is not where the setting expects it.
       folder: where `train_sequence` kept its runs.
+      overarchs: which to compare.
       candidates: K0, retrieved by dot product and re-ranked.
       listed: candidates beside the target in a training list.
       chooser_share: share of the validation users that choose instead of training.
@@ -68,9 +69,10 @@ class OverArchExperiment:
     seeds: tuple[int, ...] = (0,)
     data: Path | None = None
     folder: Path = Path("runs")
+    overarchs: tuple[Literal["MoL", "MLP", "attention"], ...] = ("MoL", "MLP", "attention")
     candidates: int = 500
     listed: int = 100
-    num_epochs: int = 16
+    num_epochs: int = 8
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
@@ -93,22 +95,19 @@ class Questions(NamedTuple):
         return Questions(*[column[users] for column in self])
 
 
-def over_archs(width: int, seed: int) -> dict[str, Any]:
-    """The over-archs that are compared; none holds the dot product, the formula adds it."""
+def over_arch(name: str, width: int, seed: int) -> Any:
+    """The over-arch of that name; none holds the dot product, the formula adds it."""
     rngs, shared = nnx.Rngs(seed), {"residual": False, "scale": 0.1}
-    return {
-        "MLP": MLPOverArch(MLPOverArchConfig(width, (64, 32), **shared), rngs=rngs),
-        "attention": AttentionOverArch(
-            AttentionOverArchConfig(width, hidden=32, num_heads=2, **shared), rngs=rngs
-        ),
-        "MoL": MixtureOfLogits(
-            MixtureOfLogitsConfig(
-                width, query_components=4, item_components=4, component_width=16,
-                gate_hidden=16, temperature=0.1, **shared,
-            ),
-            rngs=rngs,
-        ),
-    }  # fmt: skip
+    if name == "MoL":
+        config = MixtureOfLogitsConfig(
+            width, query_components=4, item_components=4, component_width=16, gate_hidden=16,
+            temperature=0.1, **shared,
+        )  # fmt: skip
+        return MixtureOfLogits(config, rngs=rngs)
+    if name == "MLP":
+        return MLPOverArch(MLPOverArchConfig(width, (64, 32), **shared), rngs=rngs)
+    config = AttentionOverArchConfig(width, hidden=32, num_heads=2, **shared)
+    return AttentionOverArch(config, rngs=rngs)
 
 
 def load_towers(setting: Setting, model: Any, folder: Path) -> Any:
@@ -212,7 +211,10 @@ def fit(
             if best is None or metrics["ndcg@100"] > best[2]["ndcg@100"]:
                 best = (params, weight, metrics)
         assert best is not None
-        print(f"  epoch {epoch + 1}: loss {np.mean(losses):.4f}, best so far {shown(best[2])}")
+        print(
+            f"  epoch {epoch + 1}: loss {np.mean(losses):.4f}, best so far {shown(best[2])}",
+            flush=True,
+        )
     assert best is not None
     return best
 
@@ -251,7 +253,8 @@ def run_seed(config: OverArchExperiment, seed: int) -> dict[str, dict[str, float
     log_counts = np.log1p(item_counts(split.train)).astype(np.float32)
     popularity = popularity_term(log_counts, valid)
     found["dot + popularity"] = metrics_of(test.dots + popularity * log_counts[test.ids], test)
-    for name, overarch in over_archs(table.shape[1], seed).items():
+    for name in config.overarchs:
+        overarch = over_arch(name, table.shape[1], seed)
         print(name)
         started = time.monotonic()
         params, weight, _ = fit(overarch, table, known, chooser, config, seed)

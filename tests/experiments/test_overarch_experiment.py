@@ -26,7 +26,7 @@ def test_every_over_arch_is_fitted_measured_and_recorded(tmp_path, monkeypatch):
     assert path.with_suffix(".png").stat().st_size > 10_000
     rows = overarch.table_rows(json.loads(path.read_text())["measurements"])
     assert [row["ranked by"] for row in rows] == [
-        "dot product", "dot + popularity", "dot + MLP", "dot + attention", "dot + MoL",
+        "dot product", "dot + popularity", "dot + MoL", "dot + MLP", "dot + attention",
     ]  # fmt: skip
     assert rows[0]["hr@10"] == "1.0000"  # at most ten items are left to rank
     assert rows[1]["hr@10"] == "1.0000 (+0.0 %)"
