@@ -44,7 +44,7 @@ from jaxrec.train import CheckpointStore, init_state, make_optimizer, with_param
 from jaxrec.train.evaluate import history_matrix
 
 CUTOFFS = (10, 100)
-SHOWN = ("hr@10", "hr@100", "ndcg@10", "ndcg@100")
+SHOWN = report.OVERARCH_METRICS
 WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 FORMULAS = {weight: f"dot + {weight} * overarch" for weight in WEIGHTS}
 
@@ -293,20 +293,6 @@ def measurements(runs: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]
     return rows
 
 
-def table_rows(measured: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """One row a method, with the gain over the dot product."""
-    figures = {(m["workload"], m["metric"]): m for m in measured}
-    rows = []
-    for method in dict.fromkeys(m["workload"] for m in measured):
-        row = {"ranked by": method}
-        for name in SHOWN:
-            one, base = figures[method, name], figures["dot product", name]
-            gain = 100 * (one["value"] / base["value"] - 1)
-            row[name] = f"{one['value']:.4f}" + ("" if one is base else f" ({gain:+.1f} %)")
-        rows.append(row)
-    return rows
-
-
 def main(config: OverArchExperiment) -> None:
     """Fits and measures all over-archs for every seed, records and shows them."""
     started = time.monotonic()
@@ -335,7 +321,7 @@ def main(config: OverArchExperiment) -> None:
         y="share of test users",
     )
     path.with_suffix(".png").write_bytes(plot)
-    report.print_table(f"{config.setting}: test, history filtered", table_rows(measured))
+    report.print_table(f"{config.setting}: test, history filtered", report.overarch_rows(measured))
     print(f"recorded in {path}")
 
 

@@ -211,6 +211,41 @@ def accuracy_section_markdown() -> str:
     )
 
 
+OVERARCH_METRICS = ("hr@10", "hr@100", "ndcg@10", "ndcg@100")
+
+
+def overarch_rows(measurements: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """One row a method of ranking, with the gain over the dot product."""
+    figures = {(m["workload"], m["metric"]): m["value"] for m in measurements}
+    rows = []
+    for method in dict.fromkeys(m["workload"] for m in measurements):
+        row = {"ranked by": method}
+        for name in OVERARCH_METRICS:
+            value, base = figures[method, name], figures["dot product", name]
+            gain = "" if method == "dot product" else f" ({100 * (value / base - 1):+.1f} %)"
+            row[name.upper().replace("HR", "recall")] = f"{value:.4f}{gain}"
+        rows.append(row)
+    return rows
+
+
+def overarch_section_markdown() -> str:
+    """Table of the newest over-arch result."""
+    from experiments import record
+
+    results = record.read_all("overarch")
+    if not results:
+        return "Nothing recorded yet."
+    newest = results[-1]
+    config, env = newest["config"], newest["env"]
+    return (
+        f"{table_markdown(overarch_rows(newest['measurements']))}\n\n"
+        f"`{newest['command']}` on {env['device_kind']} (jax {env['jax']}): test users, history "
+        f"filtered, the {config['candidates']} best items by dot product re-ranked. The "
+        f"over-archs and the popularity term learned from validation items, which the towers have "
+        f"not been trained on; seeds {', '.join(map(str, newest['seeds']))}."
+    )
+
+
 SECTIONS = {"train_sequence": accuracy_section_markdown}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_settings import write_dataset
 
-from experiments import overarch
+from experiments import overarch, report
 
 
 @pytest.mark.slow
@@ -24,12 +24,12 @@ def test_every_over_arch_is_fitted_measured_and_recorded(tmp_path, monkeypatch):
     overarch.main(config)
     (path,) = (tmp_path / "overarch").glob("*.json")
     assert path.with_suffix(".png").stat().st_size > 10_000
-    rows = overarch.table_rows(json.loads(path.read_text())["measurements"])
+    rows = report.overarch_rows(json.loads(path.read_text())["measurements"])
     assert [row["ranked by"] for row in rows] == [
         "dot product", "dot + popularity", "dot + MoL", "dot + MLP", "dot + attention",
     ]  # fmt: skip
-    assert rows[0]["hr@10"] == "1.0000"  # at most ten items are left to rank
-    assert rows[1]["hr@10"] == "1.0000 (+0.0 %)"
+    assert rows[0]["recall@10"] == "1.0000"  # at most ten items are left to rank
+    assert rows[1]["recall@10"] == "1.0000 (+0.0 %)"
 
 
 def test_values_are_dot_plus_weighted_overarch():
