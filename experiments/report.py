@@ -229,20 +229,21 @@ def overarch_rows(measurements: Sequence[Mapping[str, Any]]) -> list[dict[str, s
 
 
 def overarch_section_markdown() -> str:
-    """Table of the newest over-arch result."""
+    """A table for the newest result of each over-arch command."""
     from experiments import record
 
-    results = record.read_all("overarch")
-    if not results:
-        return "Nothing recorded yet."
-    newest = results[-1]
-    config, env = newest["config"], newest["env"]
+    newest = {result["command"]: result for result in record.read_all("overarch")}
+    return "\n\n".join(map(_overarch_markdown, newest.values())) or "Nothing recorded yet."
+
+
+def _overarch_markdown(result: Mapping[str, Any]) -> str:
+    env, seeds = result["env"], ", ".join(map(str, result["seeds"]))
     return (
-        f"{table_markdown(overarch_rows(newest['measurements']))}\n\n"
-        f"`{newest['command']}` on {env['device_kind']} (jax {env['jax']}): test users, history "
-        f"filtered, the {config['candidates']} best items by dot product re-ranked. The "
+        f"{table_markdown(overarch_rows(result['measurements']))}\n\n"
+        f"`{result['command']}` on {env['device_kind']} (jax {env['jax']}): test users, history "
+        f"filtered, the {result['config']['candidates']} best items by dot product re-ranked. The "
         f"over-archs and the popularity term learned from validation items, which the towers have "
-        f"not been trained on; seeds {', '.join(map(str, newest['seeds']))}."
+        f"not been trained on; seeds {seeds}."
     )
 
 

@@ -41,3 +41,10 @@ def test_values_are_dot_plus_weighted_overarch():
     np.testing.assert_allclose(values, [[2.0, 3.0, -np.inf]])
     assert overarch.metrics_of(dots, asked)["ndcg@10"] == pytest.approx(1 / np.log2(3))
     assert overarch.metrics_of(values, asked)["ndcg@10"] == 1
+
+
+def test_the_report_has_a_table_for_every_command():
+    text = report.overarch_section_markdown()
+    assert "dot product" in text
+    assert "dot + MoL" in text
+    assert "--overarchs MoL MLP" in text
