@@ -24,7 +24,7 @@ figcaption { color: #55606e; font-size: .9rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
 code { background: #f2f4f7; padding: .1rem .35rem; border-radius: .25rem; font-size: .9em; }
 """
-COLOURS = ["#2563a8", "#d9822b", "#3a9a6b", "#8a5bb0"]
+COLOURS = ["#2563a8", "#d9822b", "#3a9a6b", "#8a5bb0", "#b8434e"]
 
 
 def plot(
@@ -211,6 +211,42 @@ def accuracy_section_markdown() -> str:
         "`python -m experiments.train_sequence <setting> --seeds …`; each result file names its "
         "command, commit and data hash. Minutes are wall time on so many cores of a machine that "
         "was doing other work as well."
+    )
+
+
+OVERARCH_METRICS = ("hr@10", "hr@100", "ndcg@10", "ndcg@100")
+
+
+def overarch_rows(measurements: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """One row a method of ranking, with the gain over the dot product."""
+    figures = {(m["workload"], m["metric"]): m["value"] for m in measurements}
+    rows = []
+    for method in dict.fromkeys(m["workload"] for m in measurements):
+        row = {"ranked by": method}
+        for name in OVERARCH_METRICS:
+            value, base = figures[method, name], figures["dot product", name]
+            gain = "" if method == "dot product" else f" ({100 * (value / base - 1):+.1f} %)"
+            row[name.upper().replace("HR", "recall")] = f"{value:.4f}{gain}"
+        rows.append(row)
+    return rows
+
+
+def overarch_section_markdown() -> str:
+    """A table for the newest result of each over-arch command."""
+    from experiments import record
+
+    newest = {result["command"]: result for result in record.read_all("overarch")}
+    return "\n\n".join(map(_overarch_markdown, newest.values())) or "Nothing recorded yet."
+
+
+def _overarch_markdown(result: Mapping[str, Any]) -> str:
+    env, seeds = result["env"], ", ".join(map(str, result["seeds"]))
+    return (
+        f"{table_markdown(overarch_rows(result['measurements']))}\n\n"
+        f"`{result['command']}` on {env['device_kind']} (jax {env['jax']}): test users, history "
+        f"filtered, the {result['config']['candidates']} best items by dot product re-ranked. The "
+        f"over-archs and the popularity term learned from validation items, which the towers have "
+        f"not been trained on; seeds {seeds}."
     )
 
 

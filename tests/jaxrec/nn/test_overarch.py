@@ -100,6 +100,7 @@ def test_own_components_belong_to_their_item_alone():
     model = mixture(own_components=2, num_items=V - 1)
     before = score(model, query, table, ids, valid)
     changed = ids[0, 0]
+    assert model.own_parts is not None
     model.own_parts[...] = model.own_parts[...].at[changed].add(1.0)
     differs = np.asarray(before != score(model, query, table, ids, valid))
     np.testing.assert_array_equal(differs, (ids == changed) & np.asarray(valid))
@@ -204,8 +205,9 @@ def test_attention_over_many_candidates_keeps_few_scores():
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), rows)
     query, valid = jnp.zeros((1, D)), jax.ShapeDtypeStruct((1, many), bool)
     compiled = jax.jit(model.__call__).lower(query, rows, valid).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < 200e6  # all scores of one block would be 800 MB
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < 200e6  # all scores of one block would be 800 MB
 
 
 def test_normalising_zeros_is_zero_with_finite_gradients():

@@ -1,5 +1,6 @@
 """Value models: each operation against its definition in float64, the grammar against Python's."""
 
+import functools
 import json
 import math
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -353,3 +355,14 @@ def test_depth_is_limited_before_python_gives_up():
     assert value(" + ".join(["1"] * 90)) == 90
     deep = Apply("neg", (Name("click"),), "number", 2)
     assert str(deep) == "-click"
+
+
+def test_a_model_is_part_of_a_module_that_is_split_and_merged():
+    graphdef, state = nnx.split(nnx.List([model("click ** 2 + 1")]))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def call(graphdef, state, click):
+        return nnx.merge(graphdef, state)[0]({"click": click})
+
+    assert call(graphdef, state, jnp.float32(3)) == 10
+    assert jax.tree.leaves(state) == []

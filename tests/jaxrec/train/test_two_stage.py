@@ -157,9 +157,10 @@ def test_an_overarch_and_its_loss_come_together():
     for model, loss in ((TwoStage(towers(), mlp()), LossConfig()), (towers(), LOSS)):
         with pytest.raises(ValueError, match="OverArchLoss"):
             make_step(model, optimizer, loss=loss, schedule=schedule)
-    for wrong in ({"num_negatives": 0}, {"weight": 0.0}):
-        with pytest.raises(ValueError, match=str(next(iter(wrong)))):
-            OverArchLoss(**wrong)
+    with pytest.raises(ValueError, match="num_negatives is 0"):
+        OverArchLoss(num_negatives=0)
+    with pytest.raises(ValueError, match="weight is 0"):
+        OverArchLoss(weight=0.0)
     assert init_state(towers(), optimizer, seed=0).step == 0
 
 
