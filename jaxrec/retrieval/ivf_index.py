@@ -403,7 +403,7 @@ def search_rows(
     is_f32 = index.vectors.dtype == jnp.float32
     if precision == "float":
         found = scan(index.vectors, jnp.ones(len(index.row_ids), jnp.float32), *rest)
-        return RowResult(found.scores, found.rows, all_lists & is_f32)
+        return RowResult(found.scores, found.rows, found.complete & all_lists & is_f32)
     found = scan(index.codes, index.scales, *rest)
     if precision == "int8":
         return RowResult(found.scores, found.rows, jnp.zeros(len(queries), bool))
@@ -413,7 +413,8 @@ def search_rows(
     # A row that did not survive has a code score of at most the last survivor's, so its true score
     # is at most that plus the error: if this cannot beat the k-th, nothing was missed.
     ceiling = found.scores[:, -1] + _score_error(queries, index.error_bounds)
-    return RowResult(scores, rows, all_lists & is_f32 & (ceiling <= scores[:, -1]))
+    nothing_missed = found.complete & (ceiling <= scores[:, -1])
+    return RowResult(scores, rows, nothing_missed & all_lists & is_f32)
 
 
 def _score_error(queries, error_bounds) -> Float32[Array, "Q"]:

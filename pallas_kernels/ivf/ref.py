@@ -57,7 +57,9 @@ def ivf_search(
     scales: Float32[Array, "R"],
     tile_offsets: Int32[Array, "C1"],
     live: UInt32[Array, "words"],
-    mask: UInt32[Array, "Q words"] | None,
+    mask: UInt32[Array, "M words"] | None,
+    mask_of_query: Int32[Array, "Q"] | None,
+    probes: Int32[Array, "Q"] | None,
     *,
     k: int,
     nprobe: int,
@@ -72,26 +74,30 @@ def ivf_search(
     num_queries, query_block = queries.shape[0], config.query_block
     if num_queries == 0 or codes.shape[0] == 0:
         return jnp.full((num_queries, k), -jnp.inf), jnp.full((num_queries, k), -1, jnp.int32)
-    full = nprobe == centroids.shape[0]
+    full = nprobe == centroids.shape[0] and probes is None
     queries = queries.astype(jnp.float32)
 
+    if mask is not None and mask_of_query is None:
+        mask_of_query = jnp.arange(num_queries, dtype=jnp.int32)
+
     def one_block(operands):
-        block, words = operands
+        block, own_masks, own_probes = operands
+        words = None if mask is None else mask[own_masks]
         scorer = _Scorer(block, codes, scales, live, words)
         if full:
             return _scan_rows(scorer, k, config.row_block)
         probed = _probed_lists(block, centroids, nprobe)
-        work = _work_list(probed, tile_offsets, max_tiles)
+        work = _work_list(probed, own_probes, tile_offsets, max_tiles)
         return _scan_work_list(scorer, work, k, config.row_block // TILE_ROWS)
 
     num_blocks = -(-num_queries // query_block)
     padding = num_blocks * query_block - num_queries
 
     def blocked(x):
-        x = jnp.pad(x, ((0, padding), (0, 0)))
-        return x.reshape(num_blocks, query_block, x.shape[1])
+        x = jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(num_blocks, query_block, *x.shape[1:])
 
-    operands = (blocked(queries), None if mask is None else blocked(jnp.asarray(mask)))
+    operands = jax.tree.map(blocked, (queries, mask_of_query, probes))
     scores, rows = lax.map(one_block, operands)
     scores, rows = (x.reshape(-1, k)[:num_queries] for x in (scores, rows))
     return scores, jnp.where(jnp.isneginf(scores), -1, rows)
@@ -103,10 +109,15 @@ def _probed_lists(queries, centroids, nprobe: int) -> Int32[Array, "Q nprobe"]:
 
 
 def _work_list(
-    probed: Int32[Array, "Q nprobe"], tile_offsets: Int32[Array, "C1"], max_tiles: int
+    probed: Int32[Array, "Q nprobe"],
+    probes: Int32[Array, "Q"] | None,
+    tile_offsets: Int32[Array, "C1"],
+    max_tiles: int,
 ) -> Int32[Array, "Q {max_tiles}"]:
     """The tiles of each query's lists one after the other; -1 behind the last."""
     sizes = (tile_offsets[1:] - tile_offsets[:-1])[probed]
+    if probes is not None:
+        sizes = jnp.where(jnp.arange(probed.shape[1]) < probes[:, None], sizes, 0)
     ends = jnp.cumsum(sizes, axis=1)
     slots = jnp.arange(max_tiles, dtype=jnp.int32)
     which = jax.vmap(lambda e: jnp.searchsorted(e, slots, side="right"))(ends)
