@@ -76,20 +76,20 @@ def ivf_search(
       backend: None picks the best supported; a name never falls back. Only "xla" exists so far.
       config: block sizes; None takes the heuristic.
 
-    Ties are won by the row met first: lists by centroid score, then rows in order.
+    Of rows with equal scores any may win.
 
     Raises:
       ValueError: k, nprobe, shapes or dtypes out of range.
 
-    Cost: per query 2·64·max_tiles·D operations and as many bytes of codes as rows scanned times D.
-    Scores exist for a block at a time (about 32 MiB with the heuristic). No gradient.
+    Cost: per query 2·rows·D operations for the rows of its lists, and rows·(D + 4) bytes. Probing
+    all lists, a block of queries shares these bytes; about R/8 bytes a query hold the best score of
+    each group of rows. Scores exist for a block at a time. No gradient.
     """
     _check(queries, centroids, codes, tile_offsets, live, mask, mask_of_query, k, nprobe)
     resolve("ivf_search", backend, lambda: "ivf_search has no such kernel")
     full = nprobe == centroids.shape[0] and probes is None
     num_rows = codes.shape[0] if full else max_tiles * TILE_ROWS
-    row_bytes = 4 if full else 4 + codes.shape[1] * codes.dtype.itemsize
-    tiles = config or IvfConfig.heuristic(queries.shape[0], num_rows, row_bytes)
+    tiles = config or IvfConfig.heuristic(queries.shape[0], num_rows, shared=full)
     scores, rows = ref.ivf_search(
         queries, centroids, codes, scales, tile_offsets, live, mask, mask_of_query, probes,
         k=k, nprobe=nprobe, max_tiles=max_tiles, config=tiles,
