@@ -273,7 +273,7 @@ def _score_tile(rows: _Rows, query: _Queries, tile) -> Float32[Array, "rows"]:
     codes = lax.dynamic_slice_in_dim(rows.codes, tile * TILE_ROWS, TILE_ROWS)
     scales = lax.dynamic_slice_in_dim(rows.scales, tile * TILE_ROWS, TILE_ROWS)
     words = lax.dynamic_slice_in_dim(rows.live, tile * _TILE_WORDS, _TILE_WORDS)
-    if rows.mask is not None:
+    if rows.mask is not None and query.mask is not None:
         start = (query.mask, tile * _TILE_WORDS)
         words = words & lax.dynamic_slice(rows.mask, start, (1, _TILE_WORDS))[0]
     scores = _row_products(query.codes, codes) * (query.scale * scales)
