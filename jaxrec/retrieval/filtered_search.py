@@ -25,8 +25,7 @@ from jaxrec.retrieval.planner import (
 from pallas_kernels import IVF_MAX_K
 
 _ROUNDS = 3
-_CHUNK_SCORES = 1 << 20  # scores of gathered rows held at a time
-_LEAST_CHUNK, _MOST_CHUNK = 1 << 11, 1 << 15  # gathered rows
+_LEAST_CHUNK, _MOST_CHUNK = 1 << 10, 1 << 15  # eligible rows gathered at a time
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,8 @@ def _search(ivf, queries, mask, fetch: int, options, all_rows) -> RowResult:
 def _search_compact(ivf, queries, mask, counts, fetch: int) -> RowResult:
     """The best of the first `counts` rows of each mask: gathered in chunks and scored in f32."""
     heads = queries.shape[1]
-    chunk = max(_LEAST_CHUNK, min(_CHUNK_SCORES // heads, _MOST_CHUNK))
+    # Few queries: small chunks waste little on few rows. Many: large ones need few top-k.
+    chunk = min(_LEAST_CHUNK * max(1, heads // 8), _MOST_CHUNK)
     nothing = jnp.full((heads, fetch), -jnp.inf), jnp.full((heads, fetch), -1, jnp.int32)
 
     def search_one(words, queries, count):
@@ -190,7 +190,7 @@ def _search_compact(ivf, queries, mask, counts, fetch: int) -> RowResult:
             places = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
             rows = rows_at(words, ends, places)
             vectors = jnp.asarray(ivf.vectors)[rows].astype(jnp.float32)
-            scores = jnp.matmul(queries, vectors.T, precision=lax.Precision.HIGHEST)
+            scores = jnp.einsum("hd,nd->hn", queries, vectors, precision=lax.Precision.HIGHEST)
             scores = jnp.where(places < count, scores, -jnp.inf)
             scores, at = lax.top_k(scores, min(fetch, chunk))
             scores, rows = (

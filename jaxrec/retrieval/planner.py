@@ -63,7 +63,7 @@ class CostModel:
     """
 
     mask_word: float = 4.0
-    eligible_row: float = 60.0
+    eligible_row: float = 120.0
     eligible_score: float = 3.0
     probed_row: float = 14.0
     scanned_row: float = 20.0
