@@ -25,7 +25,7 @@ from jaxrec.retrieval.planner import (
 from pallas_kernels import IVF_MAX_K
 
 _ROUNDS = 3
-_LEAST_CHUNK, _MOST_CHUNK = 1 << 10, 1 << 15  # eligible rows gathered at a time
+_CHUNK = 1 << 10  # eligible rows gathered at a time for one query; more for more
 
 
 @dataclass(frozen=True)
@@ -177,13 +177,15 @@ def _search(ivf, queries, mask, fetch: int, options, all_rows) -> RowResult:
 
 
 def _search_compact(ivf, queries, mask, counts, fetch: int) -> RowResult:
-    """The best of the first `counts` rows of each mask: gathered in chunks and scored in f32."""
+    """The best of the first `counts` rows of each mask: gathered in chunks and scored in f32.
+
+    Small chunks waste little on few rows; large ones need few top-k for many.
+    """
     heads = queries.shape[1]
-    # Few queries: small chunks waste little on few rows. Many: large ones need few top-k.
-    chunk = min(_LEAST_CHUNK * max(1, heads // 8), _MOST_CHUNK)
+    small = _CHUNK * max(1, min(heads // 8, 4))
     nothing = jnp.full((heads, fetch), -jnp.inf), jnp.full((heads, fetch), -1, jnp.int32)
 
-    def search_one(words, queries, count):
+    def in_chunks(chunk, words, queries, count):
         ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
 
         def step(i, best):
@@ -193,17 +195,23 @@ def _search_compact(ivf, queries, mask, counts, fetch: int) -> RowResult:
             scores = jnp.einsum("hd,nd->hn", queries, vectors, precision=lax.Precision.HIGHEST)
             scores = jnp.where(places < count, scores, -jnp.inf)
             scores, at = lax.top_k(scores, min(fetch, chunk))
-            scores, rows = (
-                jnp.concatenate([best[0], scores], 1),
-                jnp.concatenate([best[1], rows[at]], 1),
-            )
+            scores = jnp.concatenate([best[0], scores], axis=1)
+            rows = jnp.concatenate([best[1], rows[at]], axis=1)
             scores, at = lax.top_k(scores, fetch)
             return scores, jnp.take_along_axis(rows, at, axis=1)
 
         return lax.fori_loop(0, (count + chunk - 1) // chunk, step, nothing)
 
+    branches = [
+        lambda *_: nothing,
+        functools.partial(in_chunks, small),
+        functools.partial(in_chunks, 8 * small),
+    ]
+
     def one_mask(operands):
-        return lax.cond(operands[2] > 0, search_one, lambda *_: nothing, *operands)
+        count = operands[2]
+        size = (count > 0).astype(jnp.int32) + (count > 4 * small)
+        return lax.switch(size, branches, *operands)
 
     scores, rows = lax.map(one_mask, (mask, as_queries(ivf, queries), counts))
     scores, rows = scores.reshape(-1, fetch), rows.reshape(-1, fetch)
