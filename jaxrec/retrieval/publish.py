@@ -87,6 +87,7 @@ def save_retriever(
         "format": FORMAT,
         "model_config": dict(model_config or {}),
         "nprobe": retriever.index.nprobe,
+        "shares": [list(point) for point in retriever.index.shares],
         "bloom": {name: getattr(bloom, name) for name in _BLOOM_STATIC},
         "catalog": {"features": list(bloom.catalog.features), "seed": bloom.catalog.seed},
         "ivf": {"metric": ivf.metric, "num_items": ivf.num_items},
@@ -269,6 +270,7 @@ def _assemble(model, index, metadata, raw_ids) -> Retriever:
         BloomIndex(**bloom_arrays, **metadata["bloom"], catalog=catalog),
         columns,
         metadata["nprobe"],
+        tuple(tuple(point) for point in metadata["shares"]),
     )
     return Retriever(
         model, items, vocabulary=None if raw_ids is None else Vocabulary(tuple(raw_ids))

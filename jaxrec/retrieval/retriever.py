@@ -345,29 +345,20 @@ def _retrieve(
 
 
 def _search_and_rank(retriever, queries, plan, exclude, k, num_candidates, options):
-    index, num_tasks = retriever.index, len(retriever.tasks)
-    num_users, width = queries.shape[0], queries.shape[-1]
-    users = jnp.repeat(jnp.arange(num_users, dtype=jnp.int32), num_tasks)
-    found = index.search(
-        queries.reshape(-1, width), plan.for_queries(users), k=num_candidates,
-        exclude=None if exclude is None else exclude[users], **options,
-    )  # fmt: skip
-    by_task = (num_users, num_tasks)
+    index, model = retriever.index, retriever.model
+    queries = queries.reshape(len(queries), len(retriever.tasks), -1)
+    found = index.search(queries, plan, k=num_candidates, exclude=exclude, **options)
     ids, valid = merge_candidates(
-        found.ids.reshape(*by_task, -1), found.scores.reshape(*by_task, -1),
-        policy=retriever.merge, num_candidates=num_candidates,
-    )  # fmt: skip
+        found.ids, found.scores, policy=retriever.merge, num_candidates=num_candidates
+    )
     columns = index.gather(ids)
-    model = retriever.model
     vectors = index.vectors_of(ids) if overarch_of(model) is None else None
-    queries = queries.reshape(*by_task, width)
     scores = task_scores(model, queries, columns, vectors, valid)
     values, ids = rank(scores, ids, valid, columns, retriever.value_model, k)
-    # A task with free slots has found every eligible item, and so are all among the candidates.
-    complete = (found.exact & (found.filled < num_candidates)).reshape(by_task).all(axis=1)
-    complete |= found.exact.reshape(by_task).all(axis=1) & (num_candidates >= index.num_items)
+    # A task with free slots has found every eligible item, so all of them are candidates.
+    all_found = (found.filled < num_candidates) | (num_candidates >= index.num_items)
     filled = jnp.sum(ids >= 0, axis=1, dtype=jnp.int32)
-    return SearchResult(values, ids, filled, complete)
+    return SearchResult(values, ids, filled, (found.exact & all_found).all(axis=1))
 
 
 def history(batch: JaggedBatch, window: int) -> Int32[Array, "M {window}"]:

@@ -1,13 +1,14 @@
 """Top-k inner products over the probed lists of an inverted file.
 
-Letters: Q queries, D width, C lists, R rows (a multiple of 64), K results a query.
+Letters: Q queries, D width, C lists, R rows (a multiple of 64), M masks, K results a query.
 """
 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, Int32, Shaped, UInt32
+from jaxtyping import Bool, Float, Float32, Int32, Shaped, UInt32
 
 from pallas_kernels._backend import Backend, resolve
 from pallas_kernels.ivf import ref
@@ -22,10 +23,13 @@ class IvfTopK(NamedTuple):
     Attributes:
       scores: inner products; -inf where fewer than K rows were eligible; f32[Q, K].
       rows: row numbers; -1 there; i32[Q, K].
+      complete: these are certainly the best K, by the op's own scores, of the rows that the query
+        scanned; always true of the XLA reference; bool[Q].
     """
 
     scores: Float32[jax.Array, "Q K"]
     rows: Int32[jax.Array, "Q K"]
+    complete: Bool[jax.Array, "Q"]
 
 
 def ivf_search(
@@ -35,8 +39,10 @@ def ivf_search(
     scales: Float32[jax.Array | np.ndarray, "R"],
     tile_offsets: Int32[jax.Array | np.ndarray, "C1"],
     live: UInt32[jax.Array | np.ndarray, "words"],
-    mask: UInt32[jax.Array | np.ndarray, "Q words"] | None = None,
+    mask: UInt32[jax.Array | np.ndarray, "M words"] | None = None,
     *,
+    mask_of_query: Int32[jax.Array | np.ndarray, "Q"] | None = None,
+    probes: Int32[jax.Array | np.ndarray, "Q"] | None = None,
     k: int,
     nprobe: int,
     max_tiles: int,
@@ -59,7 +65,10 @@ def ivf_search(
       scales: the row's factor.
       tile_offsets: non-decreasing from 0 to R / 64.
       live: bit r % 32 of word r // 32 is set for the rows that exist (no padding, not deleted).
-      mask: the same bits for each query, of the rows that it may return; None allows all.
+      mask: the same bits, of the rows that a query may return; None allows all.
+      mask_of_query: the mask that each query uses, as where the heads of one user share a filter;
+        None takes one mask a query, M = Q.
+      probes: lists that each query scans, its best; 0 to nprobe; None takes nprobe for all.
       k: results wanted, 1 to 16,384.
       nprobe: lists scanned, 1 to C.
       max_tiles: static bound on the tiles of any `nprobe` lists; see `probed_tiles_bound`. A lower
@@ -67,25 +76,25 @@ def ivf_search(
       backend: None picks the best supported; a name never falls back. Only "xla" exists so far.
       config: block sizes; None takes the heuristic.
 
-    Ties are won by the row met first: lists by centroid score, then rows in order.
+    Of rows with equal scores any may win.
 
     Raises:
       ValueError: k, nprobe, shapes or dtypes out of range.
 
-    Cost: per query 2·64·max_tiles·D operations and as many bytes of codes as rows scanned times D.
-    Scores exist for a block at a time (about 32 MiB with the heuristic). No gradient.
+    Cost: per query 2·rows·D operations for the rows of its lists, and rows·(D + 4) bytes. Probing
+    all lists, a block of queries shares these bytes; about R/8 bytes a query hold the best score of
+    each group of rows. Scores exist for a block at a time. No gradient.
     """
-    _check(queries, centroids, codes, tile_offsets, live, mask, k, nprobe)
+    _check(queries, centroids, codes, tile_offsets, live, mask, mask_of_query, k, nprobe)
     resolve("ivf_search", backend, lambda: "ivf_search has no such kernel")
-    full = nprobe == centroids.shape[0]
+    full = nprobe == centroids.shape[0] and probes is None
     num_rows = codes.shape[0] if full else max_tiles * TILE_ROWS
-    row_bytes = 4 if full else 4 + codes.shape[1] * codes.dtype.itemsize
-    tiles = config or IvfConfig.heuristic(queries.shape[0], num_rows, row_bytes)
+    tiles = config or IvfConfig.heuristic(queries.shape[0], num_rows, shared=full)
     scores, rows = ref.ivf_search(
-        queries, centroids, codes, scales, tile_offsets, live, mask,
+        queries, centroids, codes, scales, tile_offsets, live, mask, mask_of_query, probes,
         k=k, nprobe=nprobe, max_tiles=max_tiles, config=tiles,
     )  # fmt: skip
-    return IvfTopK(scores, rows)
+    return IvfTopK(scores, rows, jnp.ones(len(queries), bool))
 
 
 def _check(
@@ -95,6 +104,7 @@ def _check(
     tile_offsets: _Array,
     live: _Array,
     mask: _Array | None,
+    mask_of_query: _Array | None,
     k: int,
     nprobe: int,
 ) -> None:
@@ -116,9 +126,13 @@ def _check(
             f"expected {num_lists + 1}, one more than lists"
         )
     words = num_rows // 32
-    if live.shape != (words,) or (mask is not None and mask.shape != (len(queries), words)):
+    if live.shape != (words,) or (mask is not None and mask.shape[1:] != (words,)):
         got = live.shape if mask is None else (live.shape, mask.shape)
         raise ValueError(
-            f"ivf_search: live and mask have shape {got}; "
-            f"expected {words} words (one bit a row), for the mask {len(queries)} times"
+            f"ivf_search: live and mask have shape {got}; expected {words} words, one bit a row"
+        )
+    if mask is not None and mask_of_query is None and len(mask) != len(queries):
+        raise ValueError(
+            f"ivf_search: {len(mask)} masks for {len(queries)} queries; expected one each, or "
+            "mask_of_query"
         )

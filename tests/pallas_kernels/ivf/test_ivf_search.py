@@ -68,6 +68,28 @@ def test_blocks_do_not_change_the_result(nprobe):
         np.testing.assert_array_equal(np.sort(whole.rows), np.sort(cut.rows))
 
 
+def test_queries_may_share_masks():
+    arrays = TINY.arrays(3)
+    mask_of_query = np.array([2, 0, 0, 2, 1], np.int32)
+    shared = search(arrays | {"mask": arrays["mask"][:3]}, 50, 4, mask_of_query=mask_of_query)
+    own = search(arrays | {"mask": arrays["mask"][mask_of_query]}, 50, 4)
+    assert np.asarray(own.complete).all()
+    for a, b in zip(shared, own, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("nprobe", [7, 12])
+def test_each_query_may_scan_its_own_number_of_lists(nprobe):
+    arrays = TINY.arrays(4)
+    probes = np.array([0, 1, 4, nprobe, 3], np.int32)
+    together = search(arrays, 50, nprobe, probes=probes)
+    assert (np.asarray(together.rows)[0] == -1).all()
+    for query, own in enumerate(probes[1:], start=1):
+        scores, rows = expected(arrays, 50, own)
+        np.testing.assert_array_equal(together.scores[query], scores[query])
+        np.testing.assert_array_equal(np.sort(together.rows[query]), np.sort(rows[query]))
+
+
 def test_float_rows_are_scored_in_float():
     arrays = TINY.arrays(2)
     arrays["codes"] = arrays["codes"].astype(np.float32) / 3
@@ -123,6 +145,7 @@ def test_bound_is_that_of_the_largest_lists():
         ({"queries": np.zeros((5, 8), np.float32)}, {}, "queries are 8 wide"),
         ({"tile_offsets": np.zeros(3, np.int32)}, {}, "tile_offsets has 3 entries; expected 13"),
         ({"mask": np.zeros((5, 1), np.uint32)}, {}, "expected 74 words"),
+        ({"mask": np.zeros((4, 74), np.uint32)}, {}, "4 masks for 5 queries"),
     ],
 )
 def test_clear_errors(changes, options, message, monkeypatch):
