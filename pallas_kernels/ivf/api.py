@@ -12,7 +12,14 @@ from jaxtyping import Bool, Float, Float32, Int32, Shaped, UInt32
 
 from pallas_kernels._backend import Backend, resolve
 from pallas_kernels.ivf import ref
-from pallas_kernels.ivf.config import MAX_K, TILE_ROWS, IvfConfig
+from pallas_kernels.ivf.config import (
+    MAX_K,
+    TILE_ROWS,
+    IvfConfig,
+    IvfKernelConfig,
+    kernel_heuristic,
+    kernel_problem,
+)
 
 type _Array = jax.Array | np.ndarray
 
@@ -47,7 +54,7 @@ def ivf_search(
     nprobe: int,
     max_tiles: int,
     backend: Backend | None = None,
-    config: IvfConfig | None = None,
+    config: IvfConfig | IvfKernelConfig | None = None,
 ) -> IvfTopK:
     """The k best live rows of the `nprobe` lists whose centroids score highest.
 
@@ -85,11 +92,28 @@ def ivf_search(
     Scores exist for a block at a time (about 32 MiB with the heuristic). No gradient.
     """
     _check(queries, centroids, codes, tile_offsets, live, mask, mask_of_query, k, nprobe)
-    resolve("ivf_search", backend, lambda: "ivf_search has no such kernel")
+    tiles = config or kernel_heuristic(
+        queries.shape[0], centroids.shape[0], nprobe, k, codes.shape
+    )
+    chosen = resolve(
+        "ivf_search",
+        backend,
+        lambda: kernel_problem(codes.shape, str(codes.dtype), queries.shape[0], tiles),
+        wgmma=True,
+    )
+    if chosen == "mosaic_gpu":
+        from pallas_kernels.ivf import mosaic_gpu  # 1 s of imports that the CPU never needs
+
+        found = mosaic_gpu.ivf_search(
+            queries, centroids, codes, scales, tile_offsets, live, mask, mask_of_query, probes,
+            k=k, nprobe=nprobe, max_tiles=max_tiles, config=tiles,
+        )  # fmt: skip
+        return IvfTopK(*found)
     full = nprobe == centroids.shape[0] and probes is None
     num_rows = codes.shape[0] if full else max_tiles * TILE_ROWS
     row_bytes = 4 if full else 4 + codes.shape[1] * codes.dtype.itemsize
-    tiles = config or IvfConfig.heuristic(queries.shape[0], num_rows, row_bytes)
+    tiles = config if isinstance(config, IvfConfig) else None
+    tiles = tiles or IvfConfig.heuristic(queries.shape[0], num_rows, row_bytes)
     scores, rows = ref.ivf_search(
         queries, centroids, codes, scales, tile_offsets, live, mask, mask_of_query, probes,
         k=k, nprobe=nprobe, max_tiles=max_tiles, config=tiles,
