@@ -93,7 +93,7 @@ def ivf_search(
     """
     _check(queries, centroids, codes, tile_offsets, live, mask, mask_of_query, k, nprobe)
     tiles = config or kernel_heuristic(
-        queries.shape[0], centroids.shape[0], nprobe, k, codes.shape
+        queries.shape[0], centroids.shape[0], nprobe, max_tiles, k, codes.shape
     )
     chosen = resolve(
         "ivf_search",

@@ -9,13 +9,17 @@ MAX_K = 16_384
 """Most results a query may ask for."""
 
 _BLOCK_BYTES = 32 << 20
-_SURVIVOR_BYTES = 16 << 20
+_SURVIVOR_BYTES = 64 << 20
 
 BLOCK_QUERIES = (8, 16, 32, 64)
-SEGMENT_TILES = (16, 32, 64, 128)  # masks of 16 tiles fill the smallest copy, 128 bytes
+SLOT_TILES = (16, 32, 64, 128)  # masks of 16 tiles fill the smallest copy, 128 bytes
 MAX_BLOCK_KEPT = 128  # 64 registers a thread for what lanes keep; more would spill
-MAX_SMEM_BYTES = 220 << 10
-MIN_SHARING = 1.1  # queries a probed list below which bringing them together is not worth a sort
+MAX_SMEM_BYTES = 224 << 10
+HALF_SMEM_BYTES = 112 << 10  # two programs a multiprocessor: one computes while the other waits
+KEPT = (2, 4, 8, 16)
+MIN_SHARING = 1.5  # queries a probed list from which sharing its bytes beats dealing out its tiles
+TYPICAL_SHARE_OF_BOUND = 0.7  # tiles that a query scans, of the tiles of the largest lists
+BUSY_PROGRAMS = 528  # four programs on each of 132 multiprocessors
 
 
 @dataclass(frozen=True)
@@ -60,48 +64,59 @@ class IvfKernelConfig:
 
     Attributes:
       block_queries: queries that share a program, the columns of its matrix product: 8, 16, 32, 64.
-      segment_tiles: tiles that a program scans: a power of two, 8 to 128. Each of its 64 lanes sees
+      slot_tiles: tiles that a program scans: a power of two, 16 to 128. Each of its 64 lanes sees
         one row of each, and passes on `kept` of them.
-      kept: best rows that a lane keeps; all lanes of a program hold block_queries · kept registers
-        a thread and four.
+      kept: best rows that a lane keeps; they take block_queries · kept / 2 registers of a thread.
       stages: tiles in flight to shared memory.
-      share: list-major: queries of a batch that probe the same list share its programs. Otherwise
-        every query has its own, which saves the sort that brings them together.
+      share: list-major: queries of a batch that probe the same list share programs. Otherwise
+        query-major: every query has its own, which deal its tiles out among their lanes.
     """
 
     block_queries: int = 8
-    segment_tiles: int = 32
+    slot_tiles: int = 64
     kept: int = 8
     stages: int = 4
-    share: bool = True
+    share: bool = False
 
     @property
     def tag_mask(self) -> int:
-        """Lowest bits of a key, which hold the number of the tile in its segment."""
-        return self.segment_tiles - 1
+        """Lowest bits of a key, which hold the number of a tile among its slot's."""
+        return self.slot_tiles - 1
 
     def smem_bytes(self, width: int) -> int:
         """Shared memory of one program for rows of `width`, but for its barriers."""
         tiles = self.stages * TILE_ROWS * (width + 4)
-        return tiles + self.block_queries * (width + 8 * self.segment_tiles + 256 * self.kept)
+        return tiles + self.block_queries * (width + 8 * self.slot_tiles + 256 * self.kept)
 
-    def num_programs(self, num_slots: int, num_lists: int, num_rows: int) -> int:
-        """Most programs that `num_slots` slots can need: the static size of the grid."""
+    def num_programs(self, num_slots: int, distinct: int) -> int:
+        """Static size of the grid: most programs that slots of `distinct` tile lists can need."""
         if not self.share:
             return num_slots
-        segments = num_rows // TILE_ROWS // self.segment_tiles + num_lists
-        return min(num_slots, num_slots // self.block_queries + segments)
+        return min(num_slots, num_slots // self.block_queries + distinct)
 
 
-def max_slots(nprobe: int, max_tiles: int, config: IvfKernelConfig) -> int:
-    """Segments of any `nprobe` lists of `max_tiles` tiles together, each list's last one short."""
-    length = config.segment_tiles
-    return max(1, min(max_tiles, (max_tiles + nprobe * (length - 1)) // length))
+def max_slots(nprobe: int, max_tiles: int, config: IvfKernelConfig, *, strided: bool) -> int:
+    """Slots of a query of any `nprobe` lists, of `max_tiles` tiles together.
+
+    Args:
+      nprobe: lists.
+      max_tiles: static bound on their tiles.
+      config: tiles of a slot.
+      strided: tiles of all lists are dealt out; otherwise the last slot of each list may be short.
+    """
+    length = config.slot_tiles
+    short = 1 if strided else nprobe
+    return max(1, min(max_tiles, (max_tiles + short * (length - 1)) // length))
+
+
+def survivor_bytes(num_slots: int, config: IvfKernelConfig) -> int:
+    """Bytes of one query's survivors."""
+    return num_slots * config.kept * TILE_ROWS * 4
 
 
 def group_queries(num_slots: int, config: IvfKernelConfig) -> int:
-    """Queries whose survivors fill about 16 MiB; more are searched one group after the other."""
-    return max(1, _SURVIVOR_BYTES // (num_slots * config.kept * TILE_ROWS * 4))
+    """Queries whose survivors fill about 64 MiB; more are searched one group after the other."""
+    return max(1, _SURVIVOR_BYTES // survivor_bytes(num_slots, config))
 
 
 def kernel_problem(
@@ -120,10 +135,10 @@ def kernel_problem(
         return f"rows of {width} codes; the kernel needs a multiple of 32"
     if num_rows == 0 or num_queries == 0:
         return "no rows or no queries"
-    if config.block_queries not in BLOCK_QUERIES or config.segment_tiles not in SEGMENT_TILES:
+    if config.block_queries not in BLOCK_QUERIES or config.slot_tiles not in SLOT_TILES:
         return (
-            f"block_queries={config.block_queries}, segment_tiles={config.segment_tiles}; "
-            f"they need one of {BLOCK_QUERIES} and of {SEGMENT_TILES}"
+            f"block_queries={config.block_queries}, slot_tiles={config.slot_tiles}; "
+            f"they need one of {BLOCK_QUERIES} and of {SLOT_TILES}"
         )
     if config.kept < 1 or config.block_queries * config.kept > MAX_BLOCK_KEPT or config.stages < 2:
         return (
@@ -133,7 +148,7 @@ def kernel_problem(
     if config.smem_bytes(width) > MAX_SMEM_BYTES:
         return (
             f"{config.smem_bytes(width)} bytes of shared memory; a program may use "
-            f"{MAX_SMEM_BYTES}: take fewer stages or shorter segments"
+            f"{MAX_SMEM_BYTES}: take fewer stages or tiles a slot"
         )
     return None
 
@@ -142,32 +157,54 @@ def kernel_heuristic(
     num_queries: int,
     num_lists: int,
     nprobe: int,
+    max_tiles: int,
     k: int,
     codes_shape: tuple[int, ...],
 ) -> IvfKernelConfig:
     """Tiles chosen from shapes alone.
 
-    - Lists are shared if queries of a batch that probe at random would meet in them: a program then
-      takes up to 1.5 times the queries that a probed list has on average.
-    - The k winners are taken to lie in four lists (they cluster, as lists do). Segments are as long
-      as lets a lane's share of them, plus two standard deviations, fit what it keeps.
+    - Lists are shared if a probed list has at least 1.5 queries on average, were probes random. A
+      program then takes up to 1.5 times as many as that.
+    - Of the ways to keep the winners that a lane can expect and three standard deviations more,
+      the one with the fewest survivors. In lists that are shared, where winners cluster, they are
+      taken to lie in four lists, and two deviations are allowed.
+    - As many tiles in flight as few programs need to keep the memory busy.
     """
     num_rows, width = codes_shape
+    full = nprobe == num_lists
+    meeting = _queries_per_list(num_queries, num_lists, nprobe)
+    share = meeting >= MIN_SHARING
+    if share and not full:
+        density, deviations = min(0.5, k * num_lists / (4 * max(num_rows, 1))), 2
+    else:
+        scanned = num_rows if full else max(max_tiles * TILE_ROWS * TYPICAL_SHARE_OF_BOUND, 1)
+        density, deviations = min(1.0, k / max(scanned, 1)), 3
+    widest = next((n for n in BLOCK_QUERIES if n >= 1.5 * meeting), BLOCK_QUERIES[-1])
+    tiles = num_queries * max_tiles / (meeting if share else 1)  # of all programs together
+    candidates = [
+        IvfKernelConfig(block, length, kept, share=share)
+        for block in (BLOCK_QUERIES if share else BLOCK_QUERIES[:1])
+        for length in SLOT_TILES
+        for kept in KEPT
+        if kept >= 1 + density * length + deviations * (density * length) ** 0.5
+        if block <= widest and block * kept <= MAX_BLOCK_KEPT
+        if length == SLOT_TILES[0] or tiles >= length * BUSY_PROGRAMS
+    ]
+    candidates = [c for c in candidates if c.smem_bytes(width) <= HALF_SMEM_BYTES] or [
+        IvfKernelConfig(BLOCK_QUERIES[0], SLOT_TILES[0], SLOT_TILES[0], share=share)
+    ]  # the last resort keeps every row
+    # First few survivors, then many queries a program, then few registers.
+    best = min(candidates, key=lambda c: (c.kept / c.slot_tiles, -c.block_queries, c.kept))
+    stages = 4 if tiles >= best.slot_tiles * BUSY_PROGRAMS else 8
+    while stages > 2 and replace(best, stages=stages).smem_bytes(width) > HALF_SMEM_BYTES:
+        stages -= 1
+    return replace(best, stages=stages)
+
+
+def _queries_per_list(num_queries: int, num_lists: int, nprobe: int) -> float:
+    """Queries that probe a list, on average over the probed, if they chose at random."""
     probed = 1 - (1 - nprobe / max(num_lists, 1)) ** num_queries
-    meeting = num_queries * nprobe / max(num_lists * probed, 1e-9)
-    share = num_queries > 1 and meeting > MIN_SHARING
-    wanted = next((n for n in BLOCK_QUERIES if n >= 1.5 * meeting), BLOCK_QUERIES[-1])
-    density = min(0.5, k * num_lists / (4 * max(num_rows, 1)))
-    for block in [n for n in reversed(BLOCK_QUERIES) if n <= wanted] if share else [8]:
-        kept = min(8, MAX_BLOCK_KEPT // block)
-        fitting = [t for t in SEGMENT_TILES if density * t + 2 * (density * t) ** 0.5 <= kept]
-        if fitting or block == BLOCK_QUERIES[0]:
-            break
-    length = fitting[-1] if fitting else SEGMENT_TILES[0]
-    config = IvfKernelConfig(block, length, kept, 4, share)
-    while config.smem_bytes(width) > MAX_SMEM_BYTES and config.stages > 2:
-        config = replace(config, stages=config.stages - 1)
-    return config
+    return num_queries * nprobe / max(num_lists * probed, 1e-9)
 
 
 def search_space() -> list[IvfKernelConfig]:
@@ -175,9 +212,9 @@ def search_space() -> list[IvfKernelConfig]:
     return [
         IvfKernelConfig(block, length, kept, stages, share)
         for block in BLOCK_QUERIES
-        for length in SEGMENT_TILES[1:]
-        for kept in (2, 4, 8)
-        for stages in (4, 6)
+        for length in SLOT_TILES
+        for kept in KEPT[:3]
+        for stages in (4, 8)
         for share in (True, False)
         if block * kept <= MAX_BLOCK_KEPT and (share or block == BLOCK_QUERIES[0])
     ]

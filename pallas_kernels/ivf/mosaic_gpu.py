@@ -1,7 +1,7 @@
 """The IVF kernel: int8 codes streamed once past a block of queries; the best of each lane survive.
 
-A *slot* is one query and one segment, up to `segment_tiles` tiles of one list. A program scans one
-segment for up to `block_queries` slots at once. Scores stay in registers: lane r of a slot is row r
+A *slot* is one query and up to `slot_tiles` tiles that it scans. A program scans the same tiles for
+up to `block_queries` slots at once. Scores stay in registers: lane r of a slot is row r
 of every tile, and keeps its `kept` best as floats whose lowest bits are the tile's number. These
 survivors go to memory; XLA takes the best, and scores them again from their codes.
 """
@@ -31,7 +31,7 @@ def _kernel(
     scales,
     queries,
     words,
-    starts,
+    tiles,
     counts,
     slots,
     survivors,
@@ -46,9 +46,9 @@ def _kernel(
     *,
     config,
 ):
-    """survivors[slots[program, n]] = the best of each lane, over a segment, of query n."""
+    """survivors[slots[program, n]] = the best of each lane, over the program's tiles."""
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    start, count = starts[program], counts[program]
+    count = counts[program]
 
     def each_slot(body):
         for n in range(config.block_queries):
@@ -62,18 +62,20 @@ def _kernel(
             )
         )
 
-        def load(step, _):
+        def load(step, tile):
             stage = lax.rem(step, config.stages)
+            following = tiles[program, jnp.minimum(step + 1, config.slot_tiles - 1)]
 
             @pl.when(step >= config.stages)
             def _():
                 plgpu.barrier_wait(empty.at[stage])
 
-            rows = pl.ds((start + step) * TILE_ROWS, TILE_ROWS)
+            rows = pl.ds(tile * TILE_ROWS, TILE_ROWS)
             plgpu.copy_gmem_to_smem(codes.at[rows], code_tiles.at[stage], full.at[stage])
             plgpu.copy_gmem_to_smem(scales.at[rows], scale_tiles.at[stage], full.at[stage])
+            return following
 
-        lax.fori_loop(0, count, load, None)
+        lax.fori_loop(0, count, load, tiles[program, 0])
 
         def drain(step, _):
             plgpu.barrier_wait(empty.at[lax.rem(step, config.stages)])
@@ -154,7 +156,7 @@ def ivf_scan(
     scales: Float32[Array, "R"],
     queries: Int8[Array, "W N D"],
     words: Int32[Array, "slots words"],
-    starts: Int32[Array, "W"],
+    tiles: Int32[Array, "W T"],
     counts: Int32[Array, "W"],
     slots: Int32[Array, "W N"],
     *,
@@ -165,8 +167,8 @@ def ivf_scan(
     Args:
       codes, scales: as `ivf_search`.
       queries: codes of the queries of each program.
-      words: mask of each slot, 2·segment_tiles words from its first tile on.
-      starts, counts: first tile of each program and its tiles, 0 to segment_tiles.
+      words: mask of each slot, two words a tile.
+      tiles, counts: what each program scans, the first `counts` of its T = slot_tiles tiles.
       slots: -1 for none.
       config: tiles.
     """
@@ -176,7 +178,7 @@ def ivf_scan(
     run = plgpu.kernel(
         functools.partial(_kernel, config=config),
         out_type=jax.ShapeDtypeStruct((words.shape[0], config.kept * TILE_ROWS), jnp.float32),
-        grid=(starts.shape[0],),
+        grid=(tiles.shape[0],),
         grid_names=("program",),
         num_threads=2,
         thread_name="warpgroup",
@@ -193,92 +195,117 @@ def ivf_scan(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name=KERNEL_NAME,
     )
-    return run(codes, scales, queries, words, starts, counts, slots)
+    return run(codes, scales, queries, words, tiles, counts, slots)
 
 
-class _Segments(NamedTuple):
-    """What each slot [Q, S] scans; empty slots have no tiles."""
+class _Slots(NamedTuple):
+    """What each of a query's S slots scans: the first `counts` of its tiles."""
 
-    starts: Int32[Array, "Q S"]
+    tiles: Int32[Array, "Q S T"]
     counts: Int32[Array, "Q S"]
 
 
-def _segments(lists, sizes, tile_offsets, num_slots: int, length: int) -> _Segments:
-    """Cuts each query's lists, of `sizes` tiles, in segments of up to `length` tiles."""
-    pieces = (sizes + length - 1) // length
+def _strided_slots(starts, sizes, num_slots: int, slot_tiles: int) -> _Slots:
+    """Each query's lists of `sizes` tiles from `starts` on, dealt out to its slots in turn.
+
+    Rows of a list lie together and so do the best of a query; dealing spreads them over all lanes.
+    """
+    ends = jnp.cumsum(sizes, axis=1)
+    slot, step = jnp.arange(num_slots), jnp.arange(slot_tiles)
+    position = (slot[:, None] + step * num_slots).reshape(-1).astype(jnp.int32)
+    which = _first_after(ends, position)
+    first = jnp.take_along_axis(starts - (ends - sizes), which, axis=1)
+    used = position < ends[:, -1:]
+    shape = (starts.shape[0], num_slots, slot_tiles)
+    tiles = jnp.where(used, first + position, 0).reshape(shape)
+    return _Slots(tiles, jnp.sum(used.reshape(shape), axis=2, dtype=jnp.int32))
+
+
+def _list_slots(starts, sizes, num_slots: int, slot_tiles: int) -> _Slots:
+    """Each query's lists cut in slots: queries that probe a list have slots with the same tiles."""
+    pieces = (sizes + slot_tiles - 1) // slot_tiles
     ends = jnp.cumsum(pieces, axis=1)
     slot = jnp.arange(num_slots, dtype=jnp.int32)
-    which = jax.vmap(lambda e: jnp.searchsorted(e, slot, side="right", method="compare_all"))(ends)
-    which = jnp.minimum(which, lists.shape[1] - 1).astype(jnp.int32)
+    which = _first_after(ends, slot)
 
     def own(of_list):
         return jnp.take_along_axis(of_list, which, axis=1)
 
-    done = (slot - own(ends - pieces)) * length
-    counts = jnp.where(slot < ends[:, -1:], jnp.minimum(own(sizes) - done, length), 0)
-    return _Segments(jnp.where(counts > 0, own(tile_offsets[lists]) + done, 0), counts)
+    done = (slot - own(ends - pieces)) * slot_tiles
+    counts = jnp.where(slot < ends[:, -1:], jnp.minimum(own(sizes) - done, slot_tiles), 0)
+    step = jnp.arange(slot_tiles, dtype=jnp.int32)
+    tiles = (own(starts) + done)[..., None] + step
+    return _Slots(jnp.where(step < counts[..., None], tiles, 0), counts)
 
 
-def _programs(segments: _Segments, num_programs: int, config: IvfKernelConfig):
-    """(starts, counts, slots) of each program; slots of one segment share programs if wanted."""
-    starts, counts = segments.starts.reshape(-1), segments.counts.reshape(-1)
-    slot = jnp.arange(starts.size, dtype=jnp.int32)
+def _first_after(ends: Int32[Array, "Q P"], positions: Int32[Array, "n"]) -> Int32[Array, "Q n"]:
+    """In each row the first end beyond each position, or the last."""
+    passed = jnp.sum(positions[:, None] >= ends[:, None, :], axis=2, dtype=jnp.int32)
+    return jnp.minimum(passed, ends.shape[1] - 1)
+
+
+def _programs(slots: _Slots, num_programs: int, config: IvfKernelConfig):
+    """Slots [W, N] of each program, -1 for none; those of the same first tile share, if wanted."""
+    counts, block = slots.counts.reshape(-1), config.block_queries
+    slot = jnp.arange(counts.size, dtype=jnp.int32)
     if not config.share:
         own = jnp.where(counts > 0, slot, -1)[:, None]
-        others = jnp.full((slot.size, config.block_queries - 1), -1, jnp.int32)
-        return starts, counts, jnp.concatenate([own, others], axis=1)
+        return jnp.pad(own, ((0, 0), (0, block - 1)), constant_values=-1)
     nowhere = jnp.int32(2**31 - 1)
-    by_start, order = lax.sort((jnp.where(counts > 0, starts, nowhere), slot), num_keys=1)
-    is_new = jnp.concatenate([jnp.ones(1, bool), by_start[1:] != by_start[:-1]])
+    first = jnp.where(counts > 0, slots.tiles[:, :, 0].reshape(-1), nowhere)
+    first, order = lax.sort((first, slot), num_keys=1)
+    is_new = jnp.concatenate([jnp.ones(1, bool), first[1:] != first[:-1]])
     rank = slot - lax.cummax(jnp.where(is_new, slot, 0))
-    place = rank % config.block_queries
-    used = by_start != nowhere
-    program = jnp.cumsum(used & (place == 0), dtype=jnp.int32) - 1
-    program = jnp.where(used, program, num_programs)  # out of range: dropped
-    zeros = jnp.zeros(num_programs, jnp.int32)
-    return (
-        zeros.at[program].set(by_start, mode="drop"),
-        zeros.at[program].set(counts[order], mode="drop"),
-        jnp.full((num_programs, config.block_queries), -1, jnp.int32)
-        .at[program, place]
-        .set(order, mode="drop"),
-    )
+    opens = (first != nowhere) & (rank % block == 0)
+    program = jnp.where(first != nowhere, jnp.cumsum(opens, dtype=jnp.int32) - 1, num_programs)
+    nobody = jnp.full((num_programs, block), -1, jnp.int32)
+    return nobody.at[program, rank % block].set(order, mode="drop")
 
 
-def _slot_words(live, mask, mask_of_query, segments: _Segments, length: int):
-    """The eligible rows of each slot: live and let through by the mask of its query."""
-    word = jnp.arange(2 * length, dtype=jnp.int32)
-    columns = jnp.minimum(2 * segments.starts[..., None] + word, live.shape[0] - 1)
+def _slot_words(live, mask, mask_of_query, slots: _Slots) -> Int32[Array, "slots words"]:
+    """Eligible rows of each slot's tiles: live, and let through by the mask of its query."""
+    columns = (2 * slots.tiles[..., None] + jnp.arange(2)).reshape(*slots.counts.shape, -1)
     words = live[columns]
     if mask is not None:
         words = words & mask[mask_of_query[:, None, None], columns]
-    words = jnp.where(word < 2 * segments.counts[..., None], words, 0)
-    return lax.bitcast_convert_type(words, jnp.int32).reshape(-1, 2 * length)
+    words = lax.bitcast_convert_type(words, jnp.int32)
+    return words.reshape(slots.counts.size, -1)  # words behind the counts are not looked at
 
 
-def _best_survivors(survivors, segments: _Segments, scorer, k: int, config: IvfKernelConfig):
-    """(scores, rows, complete) of the k best survivors [Q, S, kept, lane]."""
-    num_queries, num_slots = segments.counts.shape
-    survivors = jnp.where(segments.counts[..., None, None] > 0, survivors, _MASKED)
+class _Found(NamedTuple):
+    """The best rows, and a bound on the score of every row that was scanned and is not here."""
+
+    scores: Float32[Array, "Q K"]
+    rows: Int32[Array, "Q K"]
+    bound: Float32[Array, "Q"]
+
+
+def _best_survivors(survivors, slots: _Slots, scorer, k: int, config: IvfKernelConfig) -> _Found:
+    """The k best survivors [Q, S, kept, lane]."""
+    num_queries = slots.counts.shape[0]
+    survivors = jnp.where(slots.counts[..., None, None] > 0, survivors, _MASKED)
     keys = survivors.reshape(num_queries, -1)
     fetched = min(k + k // 16 + 32, keys.shape[1])  # a few more, as keys are rounded
     best, places = lax.top_k(keys, fetched)
     slot, lane = places // (config.kept * TILE_ROWS), places % TILE_ROWS
-    tile = jnp.take_along_axis(segments.starts, slot, axis=1)
-    tile += lax.bitcast_convert_type(best, jnp.int32) & config.tag_mask
+    step = lax.bitcast_convert_type(best, jnp.int32) & config.tag_mask
+    tiles = slots.tiles.reshape(num_queries, -1)
+    tile = jnp.take_along_axis(tiles, slot * config.slot_tiles + step, axis=1)
     rows = jnp.where(best > _MASKED, tile * TILE_ROWS + lane, -1)
-    scores = scorer.exact(rows)
-    scores, order = lax.top_k(scores, min(k, fetched))
-    rows = jnp.take_along_axis(rows, order, axis=1)
-    missing = ((0, 0), (0, k - scores.shape[1]))
-    scores = jnp.pad(scores, missing, constant_values=-jnp.inf)
-    rows = jnp.pad(rows, missing, constant_values=-1)
-    # Whatever is not among them was pushed out of a full lane or not fetched: no better than these.
+    # What is not among them was pushed out of a full lane, or not fetched.
     lost = jnp.max(survivors[:, :, -1], axis=(1, 2))
     if fetched < keys.shape[1]:
         lost = jnp.maximum(lost, best[:, -1])
-    complete = (lost <= _MASKED) | (scorer.upper_bound(lost, config) <= scores[:, -1])
-    return scores, rows, complete
+    scores, rows = _top(scorer.exact(rows), rows, k)
+    return _Found(scores, rows, scorer.upper_bound(lost, config))
+
+
+def _top(scores: Float32[Array, "Q n"], rows: Int32[Array, "Q n"], k: int):
+    """The k best and their rows; -inf and -1 where there are fewer."""
+    best, order = lax.top_k(scores, min(k, scores.shape[1]))
+    missing = ((0, 0), (0, k - best.shape[1]))
+    rows = jnp.pad(jnp.take_along_axis(rows, order, axis=1), missing, constant_values=-1)
+    return jnp.pad(best, missing, constant_values=-jnp.inf), rows
 
 
 class _Scorer(NamedTuple):
@@ -298,11 +325,11 @@ class _Scorer(NamedTuple):
         return jnp.where(rows >= 0, scores, -jnp.inf)
 
     def upper_bound(self, keys: Float32[Array, "Q"], config: IvfKernelConfig):
-        """No row with this key or a lower one scores higher."""
+        """No row with this key or a lower one scores higher; -inf for the key of no row."""
         bits = lax.bitcast_convert_type(keys, jnp.int32)
         bits = jnp.where(keys >= 0, bits | config.tag_mask, bits & ~config.tag_mask)
         bound = lax.bitcast_convert_type(bits, jnp.float32) * self.query_scales
-        return bound + jnp.abs(bound) * _ROUNDING
+        return jnp.where(keys > _MASKED, bound + jnp.abs(bound) * _ROUNDING, -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "nprobe", "max_tiles", "config"))
@@ -322,53 +349,95 @@ def ivf_search(
     max_tiles: int,
     config: IvfKernelConfig,
 ) -> tuple[Float32[Array, "Q {k}"], Int32[Array, "Q {k}"], Bool[Array, "Q"]]:
-    """`pallas_kernels.ivf_search`, with `complete`, by the kernel; queries in groups of bounded size.
+    """`pallas_kernels.ivf_search` and `complete`, by the kernel.
 
-    With every list probed, the rows are one list: no centroid is scored.
+    Work whose survivors would fill more than 64 MiB is cut: if all lists are probed into parts of
+    the rows, which all queries pass together, else into groups of queries.
     """
-    num_queries = queries.shape[0]
+    num_queries, num_tiles = queries.shape[0], codes.shape[0] // TILE_ROWS
     if mask_of_query is None:
         mask_of_query = jnp.arange(num_queries, dtype=jnp.int32)
+    query_codes, query_scales = ref.quantise(queries)
+    search = functools.partial(_search_tiles, codes, scales, live, mask, k=k, config=config)
     if nprobe == centroids.shape[0] and probes is None:
-        centroids, nprobe, max_tiles = centroids[:1], 1, codes.shape[0] // TILE_ROWS
-        tile_offsets = jnp.array([0, max_tiles], jnp.int32)
-    num_slots = max_slots(nprobe, max_tiles, config)
-    group = functools.partial(
-        _search_group, centroids, codes, scales, tile_offsets, live, mask,
-        k=k, nprobe=nprobe, num_slots=num_slots, config=config,
-    )  # fmt: skip
+        own = (query_codes, query_scales, mask_of_query)
+        found = _search_all(search, own, num_tiles, k, config)
+    else:
+        lists = ref._probed_lists(queries.astype(jnp.float32), centroids, nprobe)
+        sizes = (tile_offsets[1:] - tile_offsets[:-1])[lists]
+        if probes is not None:
+            sizes = jnp.where(jnp.arange(nprobe) < probes[:, None], sizes, 0)
+        own = (query_codes, query_scales, mask_of_query, tile_offsets[lists], sizes)
+        distinct = num_tiles // config.slot_tiles + centroids.shape[0]
+        found = _search_groups(search, own, max_tiles, distinct, config)
+    return found.scores, found.rows, found.bound <= found.scores[:, -1]
+
+
+def _search_all(search, own, num_tiles: int, k: int, config: IvfKernelConfig) -> _Found:
+    """Scans all rows, in parts."""
+    num_queries = own[0].shape[0]
+    num_slots = max_slots(1, num_tiles, config, strided=True)
+    num_parts = -(-num_queries // group_queries(num_slots, config))
+    tiles = -(-num_tiles // num_parts)
+    num_slots = max_slots(1, tiles, config, strided=True)
+    num_programs = config.num_programs(num_queries * num_slots, num_slots)
+
+    def part(first):
+        starts = jnp.full((num_queries, 1), first, jnp.int32)
+        sizes = jnp.full((num_queries, 1), jnp.minimum(tiles, num_tiles - first), jnp.int32)
+        slots = _strided_slots(starts, sizes, num_slots, config.slot_tiles)
+        return search(*own, slots, num_programs)
+
+    if num_parts == 1:
+        return part(jnp.int32(0))
+    found = lax.map(part, jnp.arange(0, num_tiles, tiles, dtype=jnp.int32))
+    scores, rows = (x.swapaxes(0, 1).reshape(num_queries, -1) for x in (found.scores, found.rows))
+    return _Found(*_top(scores, rows, k), jnp.max(found.bound, axis=0))
+
+
+def _search_groups(
+    search, own, max_tiles: int, distinct_slots: int, config: IvfKernelConfig
+) -> _Found:
+    """Scans the lists of each query, in groups of queries."""
+    num_queries, nprobe = own[-1].shape
+    num_slots = max_slots(nprobe, max_tiles, config, strided=not config.share)
+    make_slots = _list_slots if config.share else _strided_slots
     size = min(group_queries(num_slots, config), num_queries)
-    per_query = (queries.astype(jnp.float32), mask_of_query, probes)
+
+    def group(own):
+        *query, starts, sizes = own
+        slots = make_slots(starts, sizes, num_slots, config.slot_tiles)
+        return search(*query, slots, config.num_programs(num_slots * size, distinct_slots))
+
     if size == num_queries:
-        return group(per_query)
+        return group(own)
     num_groups = -(-num_queries // size)
 
     def grouped(x):
         x = jnp.pad(x, ((0, num_groups * size - num_queries), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(num_groups, size, *x.shape[1:])
 
-    scores, rows, complete = lax.map(group, jax.tree.map(grouped, per_query))
-    scores, rows = (x.reshape(-1, k)[:num_queries] for x in (scores, rows))
-    return scores, rows, complete.reshape(-1)[:num_queries]
+    found = lax.map(group, jax.tree.map(grouped, own))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_queries], found)
 
 
-def _search_group(
-    centroids, codes, scales, tile_offsets, live, mask, per_query, *, k, nprobe, num_slots, config
-):
-    queries, mask_of_query, probes = per_query
-    lists = ref._probed_lists(queries, centroids, nprobe)
-    sizes = (tile_offsets[1:] - tile_offsets[:-1])[lists]
-    if probes is not None:
-        sizes = jnp.where(jnp.arange(nprobe) < probes[:, None], sizes, 0)
-    segments = _segments(lists, sizes, tile_offsets, num_slots, config.segment_tiles)
-    num_programs = config.num_programs(segments.counts.size, tile_offsets.size - 1, codes.shape[0])
-    starts, counts, slots = _programs(segments, num_programs, config)
-    query_codes, query_scales = ref.quantise(queries)
+def _search_tiles(
+    codes, scales, live, mask, queries, query_scales, mask_of_query, slots, num_programs,
+    *, k: int, config: IvfKernelConfig,
+) -> _Found:  # fmt: skip
+    """The k best of each query among the rows of its slots."""
+    of_program = _programs(slots, num_programs, config)
+    first = jnp.maximum(of_program[:, 0], 0)
     survivors = ivf_scan(
-        codes, scales, query_codes[jnp.maximum(slots, 0) // num_slots],
-        _slot_words(live, mask, mask_of_query, segments, config.segment_tiles),
-        starts, counts, slots, config=config,
-    )  # fmt: skip
-    survivors = survivors.reshape(*segments.counts.shape, config.kept, TILE_ROWS)
-    scorer = _Scorer(query_codes, query_scales, codes, scales)
-    return _best_survivors(survivors, segments, scorer, k, config)
+        codes,
+        scales,
+        queries[jnp.maximum(of_program, 0) // slots.counts.shape[1]],
+        _slot_words(live, mask, mask_of_query, slots),
+        slots.tiles.reshape(-1, config.slot_tiles)[first],
+        jnp.where(of_program[:, 0] >= 0, slots.counts.reshape(-1)[first], 0),
+        of_program,
+        config=config,
+    )
+    survivors = survivors.reshape(*slots.counts.shape, config.kept, TILE_ROWS)
+    scorer = _Scorer(queries, query_scales, codes, scales)
+    return _best_survivors(survivors, slots, scorer, k, config)
