@@ -9,7 +9,6 @@ MAX_K = 16_384
 """Most results a query may ask for."""
 
 _BLOCK_BYTES = 32 << 20
-_SURVIVOR_BYTES = 64 << 20
 
 BLOCK_QUERIES = (8, 16, 32, 64)
 SLOT_TILES = (16, 32, 64, 128)  # masks of 16 tiles fill the smallest copy, 128 bytes
@@ -70,6 +69,8 @@ class IvfKernelConfig:
       stages: tiles in flight to shared memory.
       share: list-major: queries of a batch that probe the same list share programs. Otherwise
         query-major: every query has its own, which deal its tiles out among their lanes.
+      max_survivor_bytes: work with more survivors is cut in groups of queries or parts of the rows,
+        one after the other.
     """
 
     block_queries: int = 8
@@ -77,6 +78,7 @@ class IvfKernelConfig:
     kept: int = 8
     stages: int = 4
     share: bool = False
+    max_survivor_bytes: int = 64 << 20
 
     @property
     def tag_mask(self) -> int:
@@ -109,14 +111,9 @@ def max_slots(nprobe: int, max_tiles: int, config: IvfKernelConfig, *, strided: 
     return max(1, min(max_tiles, (max_tiles + short * (length - 1)) // length))
 
 
-def survivor_bytes(num_slots: int, config: IvfKernelConfig) -> int:
-    """Bytes of one query's survivors."""
-    return num_slots * config.kept * TILE_ROWS * 4
-
-
 def group_queries(num_slots: int, config: IvfKernelConfig) -> int:
-    """Queries whose survivors fill about 64 MiB; more are searched one group after the other."""
-    return max(1, _SURVIVOR_BYTES // survivor_bytes(num_slots, config))
+    """Queries of `num_slots` slots whose survivors may exist together; at least one."""
+    return max(1, config.max_survivor_bytes // (num_slots * config.kept * TILE_ROWS * 4))
 
 
 def kernel_problem(

@@ -351,8 +351,8 @@ def ivf_search(
 ) -> tuple[Float32[Array, "Q {k}"], Int32[Array, "Q {k}"], Bool[Array, "Q"]]:
     """`pallas_kernels.ivf_search` and `complete`, by the kernel.
 
-    Work whose survivors would fill more than 64 MiB is cut: if all lists are probed into parts of
-    the rows, which all queries pass together, else into groups of queries.
+    Work with more survivors than the configuration allows is cut: if all lists are probed in parts
+    of the rows, which all queries pass together, else in groups of queries.
     """
     num_queries, num_tiles = queries.shape[0], codes.shape[0] // TILE_ROWS
     if mask_of_query is None:
