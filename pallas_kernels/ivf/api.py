@@ -31,7 +31,8 @@ class IvfTopK(NamedTuple):
       scores: inner products; -inf where fewer than K rows were eligible; f32[Q, K].
       rows: row numbers; -1 there; i32[Q, K].
       complete: these are certainly the best K, by the op's own scores, of the rows that the query
-        scanned; always true of the XLA reference; bool[Q].
+        scanned; always true of the XLA reference; the kernel's proof allows for what it dropped and
+        for the rounding of its keys, so it may fail where the answer is right; bool[Q].
     """
 
     scores: Float32[jax.Array, "Q K"]
@@ -80,10 +81,14 @@ def ivf_search(
       nprobe: lists scanned, 1 to C.
       max_tiles: static bound on the tiles of any `nprobe` lists; see `probed_tiles_bound`. A lower
         value would drop rows.
-      backend: None picks the best supported; a name never falls back. Only "xla" exists so far.
-      config: block sizes; None takes the heuristic.
+      backend: None picks the best supported; a name never falls back. "mosaic_gpu" is for int8
+        codes on Hopper, of a width that 32 divides.
+      config: an `IvfConfig` for the XLA backend, an `IvfKernelConfig` for the kernel; None takes
+        the heuristic.
 
-    Ties are won by the row met first: lists by centroid score, then rows in order.
+    Ties are won by the row met first: lists by centroid score, then rows in order. The kernel may
+    return any of the tied rows, and can miss a row where more of the best share one of its lanes
+    than the lane keeps: `complete` is then false.
 
     Raises:
       ValueError: k, nprobe, shapes or dtypes out of range.
@@ -92,21 +97,21 @@ def ivf_search(
     Scores exist for a block at a time (about 32 MiB with the heuristic). No gradient.
     """
     _check(queries, centroids, codes, tile_offsets, live, mask, mask_of_query, k, nprobe)
-    tiles = config or kernel_heuristic(
+    kernel_tiles = config or kernel_heuristic(
         queries.shape[0], centroids.shape[0], nprobe, max_tiles, k, codes.shape
     )
     chosen = resolve(
         "ivf_search",
         backend,
-        lambda: kernel_problem(codes.shape, str(codes.dtype), queries.shape[0], tiles),
+        lambda: kernel_problem(codes.shape, str(codes.dtype), queries.shape[0], kernel_tiles),
         wgmma=True,
     )
-    if chosen == "mosaic_gpu":
+    if chosen == "mosaic_gpu" and isinstance(kernel_tiles, IvfKernelConfig):
         from pallas_kernels.ivf import mosaic_gpu  # 1 s of imports that the CPU never needs
 
         found = mosaic_gpu.ivf_search(
             queries, centroids, codes, scales, tile_offsets, live, mask, mask_of_query, probes,
-            k=k, nprobe=nprobe, max_tiles=max_tiles, config=tiles,
+            k=k, nprobe=nprobe, max_tiles=max_tiles, config=kernel_tiles,
         )  # fmt: skip
         return IvfTopK(*found)
     full = nprobe == centroids.shape[0] and probes is None

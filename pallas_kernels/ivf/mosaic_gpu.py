@@ -117,7 +117,7 @@ def _scorer(code_tiles, scale_tiles, query_block, word_block, full, empty, confi
             plgpu.wgmma(accumulator, code_tiles.at[stage], query_block.T)
             return accumulator[...]  # waits until the tensor cores have read the tile: wait(0)
 
-        return pl.run_scoped(run, plgpu.ACC(shape, jnp.int32))
+        return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.int32))
 
     def row_scales(stage):
         layout = _SCORES.reduce(1)
@@ -174,7 +174,10 @@ def ivf_scan(
     """
     width, block = codes.shape[1], config.block_queries
     swizzle = next(size for size in (128, 64, 32) if width % size == 0)
-    layout = (plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle))
+    layout = (
+        plgpu.TilingTransform((8, swizzle)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
+    )
     run = plgpu.kernel(
         functools.partial(_kernel, config=config),
         out_type=jax.ShapeDtypeStruct((words.shape[0], config.kept * TILE_ROWS), jnp.float32),
