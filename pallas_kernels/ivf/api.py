@@ -12,7 +12,14 @@ from jaxtyping import Bool, Float, Float32, Int32, Shaped, UInt32
 
 from pallas_kernels._backend import Backend, resolve
 from pallas_kernels.ivf import ref
-from pallas_kernels.ivf.config import MAX_K, TILE_ROWS, IvfConfig
+from pallas_kernels.ivf.config import (
+    MAX_K,
+    TILE_ROWS,
+    IvfConfig,
+    IvfKernelConfig,
+    kernel_heuristic,
+    kernel_problem,
+)
 
 type _Array = jax.Array | np.ndarray
 
@@ -24,7 +31,8 @@ class IvfTopK(NamedTuple):
       scores: inner products; -inf where fewer than K rows were eligible; f32[Q, K].
       rows: row numbers; -1 there; i32[Q, K].
       complete: these are certainly the best K, by the op's own scores, of the rows that the query
-        scanned; always true of the XLA reference; bool[Q].
+        scanned; always true of the XLA reference; the kernel's proof allows for what it dropped and
+        for the rounding of its keys, so it may fail where the answer is right; bool[Q].
     """
 
     scores: Float32[jax.Array, "Q K"]
@@ -47,7 +55,7 @@ def ivf_search(
     nprobe: int,
     max_tiles: int,
     backend: Backend | None = None,
-    config: IvfConfig | None = None,
+    config: IvfConfig | IvfKernelConfig | None = None,
 ) -> IvfTopK:
     """The k best live rows of the `nprobe` lists whose centroids score highest.
 
@@ -73,10 +81,13 @@ def ivf_search(
       nprobe: lists scanned, 1 to C.
       max_tiles: static bound on the tiles of any `nprobe` lists; see `probed_tiles_bound`. A lower
         value would drop rows.
-      backend: None picks the best supported; a name never falls back. Only "xla" exists so far.
-      config: block sizes; None takes the heuristic.
+      backend: None picks the best supported; a name never falls back. "mosaic_gpu" is for int8
+        codes on Hopper, of a width that 32 divides.
+      config: an `IvfConfig` for the XLA backend, an `IvfKernelConfig` for the kernel; None takes
+        the heuristic.
 
-    Of rows with equal scores any may win.
+    Of rows with equal scores any may win. The kernel can miss a row where more of the best share
+    one of its lanes than the lane keeps: `complete` is then false.
 
     Raises:
       ValueError: k, nprobe, shapes or dtypes out of range.
@@ -86,10 +97,27 @@ def ivf_search(
     each group of rows. Scores exist for a block at a time. No gradient.
     """
     _check(queries, centroids, codes, tile_offsets, live, mask, mask_of_query, k, nprobe)
-    resolve("ivf_search", backend, lambda: "ivf_search has no such kernel")
+    kernel_tiles = config or kernel_heuristic(
+        queries.shape[0], centroids.shape[0], nprobe, max_tiles, k, codes.shape
+    )
+    chosen = resolve(
+        "ivf_search",
+        backend,
+        lambda: kernel_problem(codes.shape, str(codes.dtype), queries.shape[0], kernel_tiles),
+        wgmma=True,
+    )
+    if chosen == "mosaic_gpu" and isinstance(kernel_tiles, IvfKernelConfig):
+        from pallas_kernels.ivf import mosaic_gpu  # 1 s of imports that the CPU never needs
+
+        found = mosaic_gpu.ivf_search(
+            queries, centroids, codes, scales, tile_offsets, live, mask, mask_of_query, probes,
+            k=k, nprobe=nprobe, max_tiles=max_tiles, config=kernel_tiles,
+        )  # fmt: skip
+        return IvfTopK(*found)
     full = nprobe == centroids.shape[0] and probes is None
     num_rows = codes.shape[0] if full else max_tiles * TILE_ROWS
-    tiles = config or IvfConfig.heuristic(queries.shape[0], num_rows, shared=full)
+    tiles = config if isinstance(config, IvfConfig) else None
+    tiles = tiles or IvfConfig.heuristic(queries.shape[0], num_rows, shared=full)
     scores, rows = ref.ivf_search(
         queries, centroids, codes, scales, tile_offsets, live, mask, mask_of_query, probes,
         k=k, nprobe=nprobe, max_tiles=max_tiles, config=tiles,

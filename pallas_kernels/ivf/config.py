@@ -1,6 +1,6 @@
 """Tile sizes of `ivf_search`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TILE_ROWS = 64
 """Rows of a tile: every list starts on a tile and its last tile is filled up with zero rows."""
@@ -9,6 +9,16 @@ MAX_K = 16_384
 """Most results a query may ask for."""
 
 _BLOCK_BYTES = 4 << 20  # the scores of a block fit the caches of two CPU cores
+
+BLOCK_QUERIES = (8, 16, 32, 64)
+SLOT_TILES = (16, 32, 64, 128)  # masks of 16 tiles fill the smallest copy, 128 bytes
+MAX_BLOCK_KEPT = 128  # 64 registers a thread for what lanes keep; more would spill
+MAX_SMEM_BYTES = 224 << 10
+HALF_SMEM_BYTES = 112 << 10  # two programs a multiprocessor: one computes while the other waits
+KEPT = (2, 4, 8, 16)
+MIN_SHARING = 1.5  # queries a probed list from which sharing its bytes beats dealing out its tiles
+TYPICAL_SHARE_OF_BOUND = 0.7  # tiles that a query scans, of the tiles of the largest lists
+BUSY_PROGRAMS = 528  # four programs on each of 132 multiprocessors
 
 
 @dataclass(frozen=True)
@@ -43,3 +53,163 @@ class IvfConfig:
         rows = _BLOCK_BYTES // (4 * query_block) if shared else 1 << 14
         row_block = max(TILE_ROWS, min(rows, num_rows) // TILE_ROWS * TILE_ROWS)
         return cls(query_block, row_block)
+
+
+@dataclass(frozen=True)
+class IvfKernelConfig:
+    """Tiles of the Mosaic GPU kernel.
+
+    Attributes:
+      block_queries: queries that share a program, the columns of its matrix product: 8, 16, 32, 64.
+      slot_tiles: tiles that a program scans: a power of two, 16 to 128. Each of its 64 lanes sees
+        one row of each, and passes on `kept` of them.
+      kept: best rows that a lane keeps; they take block_queries · kept / 2 registers of a thread.
+      stages: tiles in flight to shared memory.
+      share: list-major: queries of a batch that probe the same list share programs. Otherwise
+        query-major: every query has its own, which deal its tiles out among their lanes.
+      max_survivor_bytes: work with more survivors is cut in groups of queries or parts of the rows,
+        one after the other.
+    """
+
+    block_queries: int = 8
+    slot_tiles: int = 64
+    kept: int = 8
+    stages: int = 4
+    share: bool = False
+    max_survivor_bytes: int = 64 << 20
+
+    @property
+    def tag_mask(self) -> int:
+        """Lowest bits of a key, which hold the number of a tile among its slot's."""
+        return self.slot_tiles - 1
+
+    def smem_bytes(self, width: int) -> int:
+        """Shared memory of one program for rows of `width`, but for its barriers."""
+        tiles = self.stages * TILE_ROWS * (width + 4)
+        return tiles + self.block_queries * (width + 8 * self.slot_tiles + 256 * self.kept)
+
+    def num_programs(self, num_slots: int, distinct: int) -> int:
+        """Static size of the grid: most programs that slots of `distinct` tile lists can need."""
+        if not self.share:
+            return num_slots
+        return min(num_slots, num_slots // self.block_queries + distinct)
+
+
+def max_slots(nprobe: int, max_tiles: int, config: IvfKernelConfig, *, strided: bool) -> int:
+    """Slots of a query of any `nprobe` lists, of `max_tiles` tiles together.
+
+    Args:
+      nprobe: lists.
+      max_tiles: static bound on their tiles.
+      config: tiles of a slot.
+      strided: tiles of all lists are dealt out; otherwise the last slot of each list may be short.
+    """
+    length = config.slot_tiles
+    short = 1 if strided else nprobe
+    return max(1, min(max_tiles, (max_tiles + short * (length - 1)) // length))
+
+
+def group_queries(num_slots: int, config: IvfKernelConfig) -> int:
+    """Queries of `num_slots` slots whose survivors may exist together; at least one."""
+    return max(1, config.max_survivor_bytes // (num_slots * config.kept * TILE_ROWS * 4))
+
+
+def kernel_problem(
+    codes_shape: tuple[int, ...],
+    codes_dtype: str,
+    num_queries: int,
+    config: "IvfConfig | IvfKernelConfig",
+) -> str | None:
+    """What keeps the kernel from these shapes, or None."""
+    num_rows, width = codes_shape
+    if isinstance(config, IvfConfig):
+        return "an IvfConfig is for the XLA backend; the kernel takes an IvfKernelConfig"
+    if codes_dtype != "int8":
+        return f"codes of {codes_dtype}; the kernel scores int8"
+    if width % 32:
+        return f"rows of {width} codes; the kernel needs a multiple of 32"
+    if num_rows == 0 or num_queries == 0:
+        return "no rows or no queries"
+    if config.block_queries not in BLOCK_QUERIES or config.slot_tiles not in SLOT_TILES:
+        return (
+            f"block_queries={config.block_queries}, slot_tiles={config.slot_tiles}; "
+            f"they need one of {BLOCK_QUERIES} and of {SLOT_TILES}"
+        )
+    if config.kept < 1 or config.block_queries * config.kept > MAX_BLOCK_KEPT or config.stages < 2:
+        return (
+            f"kept={config.kept}, stages={config.stages}; they need 1 to "
+            f"{MAX_BLOCK_KEPT // config.block_queries}, and 2 or more"
+        )
+    if config.smem_bytes(width) > MAX_SMEM_BYTES:
+        return (
+            f"{config.smem_bytes(width)} bytes of shared memory; a program may use "
+            f"{MAX_SMEM_BYTES}: take fewer stages or tiles a slot"
+        )
+    return None
+
+
+def kernel_heuristic(
+    num_queries: int,
+    num_lists: int,
+    nprobe: int,
+    max_tiles: int,
+    k: int,
+    codes_shape: tuple[int, ...],
+) -> IvfKernelConfig:
+    """Tiles chosen from shapes alone.
+
+    - Lists are shared if a probed list has at least 1.5 queries on average, were probes random. A
+      program then takes up to 1.5 times as many as that.
+    - Of the ways to keep the winners that a lane can expect and three standard deviations more,
+      the one with the fewest survivors. In lists that are shared, where winners cluster, they are
+      taken to lie in four lists, and two deviations are allowed.
+    - As many tiles in flight as few programs need to keep the memory busy.
+    """
+    num_rows, width = codes_shape
+    full = nprobe == num_lists
+    meeting = _queries_per_list(num_queries, num_lists, nprobe)
+    share = meeting >= MIN_SHARING
+    if share and not full:
+        density, deviations = min(0.5, k * num_lists / (4 * max(num_rows, 1))), 2
+    else:
+        scanned = num_rows if full else max(max_tiles * TILE_ROWS * TYPICAL_SHARE_OF_BOUND, 1)
+        density, deviations = min(1.0, k / max(scanned, 1)), 3
+    widest = next((n for n in BLOCK_QUERIES if n >= 1.5 * meeting), BLOCK_QUERIES[-1])
+    tiles = num_queries * max_tiles / (meeting if share else 1)  # of all programs together
+    candidates = [
+        IvfKernelConfig(block, length, kept, share=share)
+        for block in (BLOCK_QUERIES if share else BLOCK_QUERIES[:1])
+        for length in SLOT_TILES
+        for kept in KEPT
+        if kept >= 1 + density * length + deviations * (density * length) ** 0.5
+        if block <= widest and block * kept <= MAX_BLOCK_KEPT
+        if length == SLOT_TILES[0] or tiles >= length * BUSY_PROGRAMS
+    ]
+    candidates = [c for c in candidates if c.smem_bytes(width) <= HALF_SMEM_BYTES] or [
+        IvfKernelConfig(BLOCK_QUERIES[0], SLOT_TILES[0], SLOT_TILES[0], share=share)
+    ]  # the last resort keeps every row
+    # First few survivors, then many queries a program, then few registers.
+    best = min(candidates, key=lambda c: (c.kept / c.slot_tiles, -c.block_queries, c.kept))
+    stages = 4 if tiles >= best.slot_tiles * BUSY_PROGRAMS else 8
+    while stages > 2 and replace(best, stages=stages).smem_bytes(width) > HALF_SMEM_BYTES:
+        stages -= 1
+    return replace(best, stages=stages)
+
+
+def _queries_per_list(num_queries: int, num_lists: int, nprobe: int) -> float:
+    """Queries that probe a list, on average over the probed, if they chose at random."""
+    probed = 1 - (1 - nprobe / max(num_lists, 1)) ** num_queries
+    return num_queries * nprobe / max(num_lists * probed, 1e-9)
+
+
+def search_space() -> list[IvfKernelConfig]:
+    """Every choice worth timing; `kernel_problem` tells which a given width allows."""
+    return [
+        IvfKernelConfig(block, length, kept, stages, share)
+        for block in BLOCK_QUERIES
+        for length in SLOT_TILES
+        for kept in KEPT[:3]
+        for stages in (4, 8)
+        for share in (True, False)
+        if block * kept <= MAX_BLOCK_KEPT and (share or block == BLOCK_QUERIES[0])
+    ]
