@@ -26,7 +26,7 @@ from jaxrec.retrieval.filters import (
     parse_filter,
     unknown_feature,
 )
-from jaxrec.retrieval.masks import pack_bits, set_bits
+from jaxrec.retrieval.masks import pack_bits, set_bits, unpack_mask
 from jaxrec.retrieval.plan import FilterPlan, compile_plan, evaluate
 from jaxrec.retrieval.terms import ItemTerms, TermCatalog, collect_terms, row_hashes
 from pallas_kernels import BloomMasks, bloom_build, bloom_search
@@ -40,7 +40,7 @@ type FilterLike = str | Filter | None
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["rows", "row_offsets", "live", "term_offsets", "term_values"],
-    meta_fields=["num_items", "num_head", "num_hashes", "max_item_terms", "catalog"],
+    meta_fields=["num_items", "num_head", "num_hashes", "max_item_terms", "max_fpr", "catalog"],
 )
 @dataclass(frozen=True, eq=False)
 class BloomIndex:
@@ -57,6 +57,7 @@ class BloomIndex:
       num_head: values with an exact row.
       num_hashes: K.
       max_item_terms: most terms of one item.
+      max_fpr: what the Bloom rows are sized for.
       catalog: the known terms; on the host.
     """
 
@@ -69,6 +70,7 @@ class BloomIndex:
     num_head: int
     num_hashes: int
     max_item_terms: int
+    max_fpr: float
     catalog: TermCatalog
 
     @classmethod
@@ -116,19 +118,24 @@ class BloomIndex:
             pairs = _reordered(pairs, np.asarray(order))
         placed = np.arange(pairs.num_items) if order is None else np.asarray(order)
         catalog = _with_head(pairs, catalog, bits_per_tail_term(max_fpr, num_hashes))
-        counts = np.bincount(pairs.items, minlength=pairs.num_items)
-        rows, row_offsets = _bit_rows(pairs, catalog, max_fpr, num_hashes, bundle_words)
-        return cls(
-            rows=jnp.asarray(rows),
-            row_offsets=jnp.asarray(row_offsets),
-            live=jnp.asarray(pack_bits(placed >= 0)),
-            term_offsets=jnp.asarray(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)),
-            term_values=jnp.asarray(pairs.terms),
-            num_items=pairs.num_items,
-            num_head=int((catalog.head_rows >= 0).sum()),
-            num_hashes=num_hashes,
-            max_item_terms=int(counts.max(initial=0)),
-            catalog=catalog,
+        return _assemble(pairs, catalog, placed >= 0, max_fpr, num_hashes, bundle_words)
+
+    def reordered(self, order: Int[_Array, "M"]) -> "BloomIndex":
+        """The index whose position p holds what position order[p] held, nothing where that is -1.
+
+        Built from the stored terms, under the same catalogue, so plans stay valid. Host only.
+
+        Raises:
+          ValueError: `order` names a position that does not exist, or one more than once.
+        """
+        order = np.asarray(order)
+        items = np.repeat(np.arange(self.num_items), np.diff(self.term_offsets)).astype(np.int32)
+        pairs = _reordered(ItemTerms(self.num_items, items, np.asarray(self.term_values)), order)
+        held = np.asarray(unpack_mask(self.live[None], self.num_items))[0]
+        placed = (order >= 0) & held[np.maximum(order, 0)]
+        bundle_words = self.rows.shape[1]
+        return _assemble(
+            pairs, self.catalog, placed, self.max_fpr, self.num_hashes, bundle_words
         )
 
     def compile(self, filters: Sequence[FilterLike]) -> FilterPlan:
@@ -238,6 +245,27 @@ class BloomIndex:
         return np.concatenate(passes) if passes else np.zeros(0, bool)
 
 
+def _assemble(
+    pairs: ItemTerms, catalog: TermCatalog, placed: np.ndarray, max_fpr: float, num_hashes: int,
+    bundle_words: int,
+) -> BloomIndex:  # fmt: skip
+    counts = np.bincount(pairs.items, minlength=pairs.num_items)
+    rows, row_offsets = _bit_rows(pairs, catalog, max_fpr, num_hashes, bundle_words)
+    return BloomIndex(
+        rows=jnp.asarray(rows),
+        row_offsets=jnp.asarray(row_offsets),
+        live=jnp.asarray(pack_bits(placed)),
+        term_offsets=jnp.asarray(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)),
+        term_values=jnp.asarray(pairs.terms),
+        num_items=pairs.num_items,
+        num_head=int((catalog.head_rows >= 0).sum()),
+        num_hashes=num_hashes,
+        max_item_terms=int(counts.max(initial=0)),
+        max_fpr=max_fpr,
+        catalog=catalog,
+    )
+
+
 def terms_of(tree: Filter) -> list[Term]:
     """All terms of a tree, from left to right."""
     match tree:
@@ -307,7 +335,7 @@ def _bit_rows(
     return bloom_build(
         pairs.num_items,
         bundle_words=bundle_words,
-        num_head=int(rows.max(initial=-1)) + 1,
+        num_head=int((catalog.head_rows >= 0).sum()),
         widths=_bundle_widths(tail_counts, bundle_words * 32, max_fpr, num_hashes),
         head_items=pairs.items[head],
         head_rows=rows[head],

@@ -32,7 +32,7 @@ from jaxrec.retrieval.terms import TermCatalog
 FORMAT = 2
 _ITEMS = ("tower", "index", "metadata", "vocabulary")
 _BLOOM_ARRAYS = ("rows", "row_offsets", "live", "term_offsets", "term_values")
-_BLOOM_STATIC = ("num_items", "num_head", "num_hashes", "max_item_terms")
+_BLOOM_STATIC = ("num_items", "num_head", "num_hashes", "max_item_terms", "max_fpr")
 _IVF_ARRAYS = ("centroids", "codes", "scales", "vectors", "row_ids", "id_order", "live",
                "tile_offsets", "error_bounds")  # fmt: skip
 _COLUMN = "column_"
