@@ -1,4 +1,8 @@
-"""Retrieval as one model: filters, indexes, retriever, publishing."""
+"""Retrieval as one model: filters, indexes, retriever, publishing.
+
+Where flax or orbax is missing, as on a machine that only serves exported retrievers, what needs
+them (`Retriever`, `publish` and its like) is left out.
+"""
 
 from jaxrec.retrieval.bloom_index import BloomIndex
 from jaxrec.retrieval.filters import F, Filter, FilterError, parse_filter
@@ -6,9 +10,15 @@ from jaxrec.retrieval.item_index import Explanation, ItemIndex
 from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
 from jaxrec.retrieval.masks import unpack_mask
 from jaxrec.retrieval.plan import FilterPlan
-from jaxrec.retrieval.publish import PublishError, load_retriever, publish, save_retriever
 from jaxrec.retrieval.quality import brute_force, recall
-from jaxrec.retrieval.retriever import IndexState, Retriever
+from jaxrec.retrieval.sharded import ShardedIndex
+
+try:
+    from jaxrec.retrieval.publish import PublishError, load_retriever, publish, save_retriever
+    from jaxrec.retrieval.retriever import IndexState, Retriever
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] not in {"flax", "orbax"}:
+        raise
 
 __all__ = [
     "BloomIndex",
@@ -23,6 +33,7 @@ __all__ = [
     "PublishError",
     "Retriever",
     "SearchResult",
+    "ShardedIndex",
     "brute_force",
     "load_retriever",
     "parse_filter",

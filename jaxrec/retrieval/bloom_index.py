@@ -134,9 +134,7 @@ class BloomIndex:
         held = np.asarray(unpack_mask(self.live[None], self.num_items))[0]
         placed = (order >= 0) & held[np.maximum(order, 0)]
         bundle_words = self.rows.shape[1]
-        return _assemble(
-            pairs, self.catalog, placed, self.max_fpr, self.num_hashes, bundle_words
-        )
+        return _assemble(pairs, self.catalog, placed, self.max_fpr, self.num_hashes, bundle_words)
 
     def compile(self, filters: Sequence[FilterLike]) -> FilterPlan:
         """The programs of one filter a query: text, tree, or None for everything.

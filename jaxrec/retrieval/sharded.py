@@ -143,7 +143,7 @@ class ShardedIndex:
         return _search(self, jnp.asarray(queries), plan, exclude, static)
 
     def gather(self, ids: Int[_Array, "Q *shape"], *, split: bool = False) -> dict[str, Array]:
-        """The columns' values for these items, [Q, *shape, ...] each, from whichever shard has them.
+        """The columns' values for these items, [Q, *shape, ...] each, from the items' owners.
 
         So a ranking model that stands whole on every device reads its candidates' cached features,
         though no device has those of all items. Zeros for ids not held. Traceable.
@@ -232,7 +232,9 @@ def _merge(found: SearchResult, rows, axis: str, num_shards: int, k: int) -> Sea
     which is the whole index's order.
     """
     # Shard-major candidates [Q, S · k']; absent ones have a score of -inf and come last.
-    places = jnp.where(rows >= 0, rows * num_shards + lax.axis_index(axis), jnp.iinfo(jnp.int32).max)
+    places = jnp.where(
+        rows >= 0, rows * num_shards + lax.axis_index(axis), jnp.iinfo(jnp.int32).max
+    )
     columns = [
         lax.all_gather(x, axis, axis=1, tiled=True) for x in (-found.scores, places, found.ids)
     ]
@@ -276,7 +278,9 @@ def _plan_specs(plan: FilterPlan, batch: PartitionSpec) -> Any:
     return jax.tree.map(lambda _: batch, plan)
 
 
-def _deal(index: ItemIndex, num_shards: int) -> tuple[Int[np.ndarray, "S R"], Int32[np.ndarray, "C"]]:
+def _deal(
+    index: ItemIndex, num_shards: int
+) -> tuple[Int[np.ndarray, "S R"], Int32[np.ndarray, "C"]]:
     """(the row of `index` at each shard's row, -1 for padding; tiles of each list in a shard)."""
     ivf = index.ivf
     rows = np.flatnonzero(np.asarray(ivf.row_ids) >= 0)
