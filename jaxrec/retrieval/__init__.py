@@ -1,4 +1,8 @@
-"""Retrieval as one model: filters, indexes, retriever, publishing."""
+"""Retrieval as one model: filters, indexes, retriever, publishing.
+
+Where flax or orbax is missing, as on a machine that only serves exported retrievers, what needs
+them (`Retriever`, `publish` and its like) is left out.
+"""
 
 from jaxrec.retrieval.bloom_index import BloomIndex
 from jaxrec.retrieval.filter_text import parse_filter
@@ -8,9 +12,15 @@ from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
 from jaxrec.retrieval.masks import spread_tiles, unpack_mask
 from jaxrec.retrieval.plan import FilterPlan
 from jaxrec.retrieval.planner import CostModel, SearchPlan, Strategy
-from jaxrec.retrieval.publish import PublishError, load_retriever, publish, save_retriever
 from jaxrec.retrieval.quality import brute_force, recall
-from jaxrec.retrieval.retriever import IndexState, Retriever
+from jaxrec.retrieval.sharded import ShardedIndex
+
+try:
+    from jaxrec.retrieval.publish import PublishError, load_retriever, publish, save_retriever
+    from jaxrec.retrieval.retriever import IndexState, Retriever
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] not in {"flax", "orbax"}:
+        raise
 
 __all__ = [
     "BloomIndex",
@@ -27,6 +37,7 @@ __all__ = [
     "Retriever",
     "SearchPlan",
     "SearchResult",
+    "ShardedIndex",
     "Strategy",
     "brute_force",
     "load_retriever",

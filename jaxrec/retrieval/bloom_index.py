@@ -32,10 +32,11 @@ from jaxrec.retrieval.bloom_update import (
     make_pool,
     replace_terms,
     spare_slots,
+    stored_pairs,
 )
 from jaxrec.retrieval.filter_text import FilterLike, to_tree
 from jaxrec.retrieval.filters import Term, rejecting_part
-from jaxrec.retrieval.masks import pack_bits, set_bits, tile_word_numbers
+from jaxrec.retrieval.masks import pack_bits, set_bits, tile_word_numbers, unpack_mask
 from jaxrec.retrieval.plan import FilterPlan, compile_plan, evaluate
 from jaxrec.retrieval.terms import ItemTerms, TermCatalog, collect_terms, number_terms
 from pallas_kernels import BloomMasks, bloom_search, bloom_update
@@ -154,6 +155,27 @@ class BloomIndex:
             pairs, catalog, placed >= 0, np.where(placed >= 0, counts, tail_terms),
             max_fpr=max_fpr, num_hashes=num_hashes, bundle_words=bundle_words,
             tail_terms=tail_terms, terms_per_item=len(pairs.terms) / max(num_live, 1),
+        )  # fmt: skip
+
+    def reordered(self, order: Int[_Array, "M"]) -> "BloomIndex":
+        """The index whose position p holds what position order[p] held, nothing where that is -1.
+
+        Built from the stored terms, under the same catalogue, so plans stay valid. Host only.
+
+        Raises:
+          ValueError: `order` names a position that does not exist, or one more than once.
+        """
+        order = np.asarray(order)
+        live = np.asarray(unpack_mask(self.live[None], self.num_items))[0]
+        pool = TermPool(self.term_spans, self.term_values, self.terms_used)
+        pairs = reordered(stored_pairs(pool, live), order)
+        counts = tail_counts(pairs, self.catalog)
+        held = (order >= 0) & live[np.maximum(order, 0)]
+        return _assemble(
+            pairs, self.catalog, held, np.where(held, counts, self.tail_terms),
+            max_fpr=self.max_fpr, num_hashes=self.num_hashes, bundle_words=self.rows.shape[1],
+            tail_terms=self.tail_terms, terms_per_item=len(pairs.terms) / max(int(held.sum()), 1),
+            max_item_terms=self.max_item_terms,
         )  # fmt: skip
 
     def empty_like(self, capacity: int, *, tail_terms: int | None = None) -> "BloomIndex":

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int32, UInt32
+from jaxtyping import Array, Bool, Int, Int32, UInt32
 
 from jaxrec.retrieval.masks import bits_by_word
 from jaxrec.retrieval.terms import ItemTerms
@@ -136,24 +136,25 @@ def _padded(end: int, places: np.ndarray, values: np.ndarray) -> tuple[np.ndarra
     )
 
 
+def stored_pairs(pool: TermPool, held: Bool[np.ndarray, "N"]) -> ItemTerms:
+    """The positions held and their terms. Host only."""
+    spans = np.asarray(pool.spans)
+    lengths = np.where(held, spans[:, 1] - spans[:, 0], 0)
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    values = np.asarray(pool.values)[np.repeat(spans[:, 0], lengths) + within]
+    return ItemTerms(len(spans), np.repeat(np.arange(len(spans)), lengths).astype(np.int32), values)
+
+
 def _compacted(pool: TermPool, live: np.ndarray, leaving: np.ndarray, wanted: int) -> TermPool:
     """The pool without former segments, those of free positions and of the positions `leaving`."""
-    spans, values = np.asarray(pool.spans), np.asarray(pool.values)
-    held = np.unpackbits(live.view(np.uint8), bitorder="little")[: len(spans)].astype(bool)
+    num_positions, size = len(pool.spans), pool.values.shape[0]
+    held = np.unpackbits(live.view(np.uint8), bitorder="little")[:num_positions].astype(bool)
     held[leaving] = False
-    lengths = np.where(held, spans[:, 1] - spans[:, 0], 0)
-    ends = np.cumsum(lengths)
-    used = int(lengths.sum())
-    within = np.arange(used) - np.repeat(ends - lengths, lengths)
-    kept = values[np.repeat(spans[:, 0], lengths) + within]
-    size = len(values)
+    pairs = stored_pairs(pool, held)
+    used = len(pairs.terms)
     if used + wanted + spare_slots(used + wanted) // 2 > size:
         size = max(used + wanted + spare_slots(used + wanted), size + size // 2)
-    return TermPool(
-        jnp.asarray(np.stack([ends - lengths, ends], axis=1).astype(np.int32)),
-        jnp.asarray(np.pad(kept, (0, size - used))),
-        jnp.asarray(used, jnp.int32),
-    )
+    return make_pool(pairs, size - used)
 
 
 def length_bound(num_terms: int) -> int:

@@ -12,11 +12,11 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -31,11 +31,8 @@ from jaxrec.retrieval.terms import TermCatalog
 
 FORMAT = 3
 _ITEMS = ("tower", "index", "metadata", "vocabulary")
-_BLOOM_ARRAYS = ("rows", "row_offsets", "live", "term_spans", "term_values", "terms_used")
-_BLOOM_STATIC = ("num_items", "num_head", "num_hashes", "max_item_terms", "tail_terms", "max_fpr")
-_IVF_ARRAYS = ("centroids", "codes", "scales", "vectors", "row_ids", "id_order", "live",
-               "tile_offsets", "error_bounds")  # fmt: skip
-_COLUMN = "column_"
+_NODES = {cls.__name__: cls for cls in (ItemIndex, IVFIndex, BloomIndex)}
+_HASH_BYTES = 1 << 26
 
 type _Path = str | os.PathLike[str]
 
@@ -81,19 +78,21 @@ def save_retriever(
     retriever: Retriever, folder: _Path, *, model_config: Mapping[str, Any] | None = None
 ) -> int:
     """Writes a built retriever as the next version of `folder`; returns the version."""
-    tower, index = _tower_arrays(retriever.model), _index_arrays(retriever)
-    bloom, ivf = retriever.index.bloom, retriever.index.ivf
+    if not isinstance(retriever.index, ItemIndex):
+        raise PublishError(
+            f"a {type(retriever.index).__name__} is not published: publish the whole ItemIndex, "
+            "and split it after loading, onto as many devices as there are then"
+        )
+    tower = _tower_arrays(retriever.model)
+    index: dict[str, Any] = {}
+    layout = _describe(retriever.index, "index", index)
     metadata = {
         "format": FORMAT,
         "model_config": dict(model_config or {}),
-        "nprobe": retriever.index.nprobe,
-        "shares": [list(point) for point in retriever.index.shares],
-        "bloom": {name: getattr(bloom, name) for name in _BLOOM_STATIC},
-        "catalog": {"features": list(bloom.catalog.features), "seed": bloom.catalog.seed},
-        "ivf": {"metric": ivf.metric, "num_items": ivf.num_items},
+        "index": layout,
         "tower_sha256": content_hash(tower),
         "index_sha256": content_hash(index),
-        "index_shapes": {name: [list(x.shape), str(x.dtype)] for name, x in index.items()},
+        "index_arrays": {name: [list(x.shape), str(x.dtype)] for name, x in index.items()},
     }
     vocabulary = retriever.vocabulary
     raw_ids = None if vocabulary is None else list(vocabulary.raw_ids)
@@ -150,7 +149,7 @@ def load_retriever(
             )
         model = build_model(metadata["model_config"])
         tower = read.arrays("tower", _tower_arrays(model))
-        shapes = metadata["index_shapes"].items()
+        shapes = metadata["index_arrays"].items()
         index = read.arrays("index", {n: jax.ShapeDtypeStruct(s, d) for n, (s, d) in shapes})
         raw_ids = read.json("vocabulary")["raw_ids"]
     for part, arrays in (("tower", tower), ("index", index)):
@@ -160,16 +159,24 @@ def load_retriever(
                 "belong together; restore the whole version folder or publish again"
             )
     _set_tower_arrays(model, tower)
-    return _assemble(model, index, metadata, raw_ids)
+    items = _rebuild(metadata["index"], index)
+    return Retriever(
+        model, items, vocabulary=None if raw_ids is None else Vocabulary(tuple(raw_ids))
+    )
 
 
 def content_hash(arrays: Mapping[str, Any]) -> str:
     """SHA-256 over names, shapes, dtypes and contents."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(np.asarray(arrays[name]))
+        array = arrays[name]
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        # A device's array comes to the host in pieces.
+        rows = array.reshape(-1) if array.ndim == 0 else array
+        step = max(1, _HASH_BYTES * len(rows) // max(rows.nbytes, 1))
+        for begin in range(0, len(rows), step):
+            piece = np.ascontiguousarray(np.asarray(rows[begin : begin + step]))
+            digest.update(piece.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -242,36 +249,53 @@ def _set_tower_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> None:
     nnx.update(model, nnx.from_flat_state(named))
 
 
-def _index_arrays(retriever: Retriever) -> dict[str, Any]:
-    bloom, ivf = retriever.index.bloom, retriever.index.ivf
-    arrays = {f"bloom_{name}": getattr(bloom, name) for name in _BLOOM_ARRAYS}
-    arrays |= {f"ivf_{name}": getattr(ivf, name) for name in _IVF_ARRAYS}
-    arrays |= {f"{_COLUMN}{name}": column for name, column in retriever.index.columns.items()}
-    arrays["ivf_list_tiles"] = np.frombuffer(ivf.list_tiles, np.int32)
-    # JAX has no uint64 by default: hashes travel as pairs of uint32.
-    arrays["catalog_hashes"] = bloom.catalog.hashes.view(np.uint32).reshape(-1, 2)
-    arrays["catalog_head_rows"] = bloom.catalog.head_rows
-    return arrays
+def _describe(node: Any, name: str, arrays: dict[str, Any]) -> Any:
+    """The node as JSON; its arrays go to `arrays` under their paths, and the JSON names them."""
+    if isinstance(node, jax.Array | np.ndarray):
+        arrays[name] = node
+        return {"array": name}
+    if isinstance(node, bytes):
+        return {"bytes": _describe(np.frombuffer(node, np.uint8), name, arrays)}
+    if isinstance(node, TermCatalog):
+        # JAX has no uint64 by default: hashes travel as pairs of uint32.
+        hashes = np.asarray(node.hashes).view(np.uint32).reshape(-1, 2)
+        return {
+            "catalog": {"features": list(node.features), "seed": node.seed},
+            "hashes": _describe(hashes, f"{name}.hashes", arrays),
+            "head_rows": _describe(node.head_rows, f"{name}.head_rows", arrays),
+        }
+    if type(node).__name__ in _NODES:
+        parts = {field.name: getattr(node, field.name) for field in fields(node)}
+        return {"node": type(node).__name__, "fields": _describe(parts, name, arrays)}
+    if isinstance(node, Mapping):
+        return {"map": {key: _describe(x, f"{name}.{key}", arrays) for key, x in node.items()}}
+    if isinstance(node, list | tuple):
+        return {"tuple": [_describe(x, f"{name}.{i}", arrays) for i, x in enumerate(node)]}
+    if node is None or isinstance(node, bool | int | float | str):
+        return {"value": node}
+    raise PublishError(f"{name} is a {type(node).__name__}, which cannot be published")
 
 
-def _assemble(model, index, metadata, raw_ids) -> Retriever:
-    catalog = TermCatalog(
-        tuple(metadata["catalog"]["features"]),
-        metadata["catalog"]["seed"],
-        np.array(index["catalog_hashes"]).view(np.uint64).reshape(-1),
-        np.array(index["catalog_head_rows"]),
-    )
-    bloom_arrays = {name: jnp.asarray(index[f"bloom_{name}"]) for name in _BLOOM_ARRAYS}
-    ivf_arrays = {name: jnp.asarray(index[f"ivf_{name}"]) for name in _IVF_ARRAYS}
-    list_tiles = np.array(index["ivf_list_tiles"], np.int32).tobytes()
-    columns = {n.removeprefix(_COLUMN): x for n, x in index.items() if n.startswith(_COLUMN)}
-    items = ItemIndex(
-        IVFIndex(**ivf_arrays, **metadata["ivf"], list_tiles=list_tiles),
-        BloomIndex(**bloom_arrays, **metadata["bloom"], catalog=catalog),
-        columns,
-        metadata["nprobe"],
-        tuple(tuple(point) for point in metadata["shares"]),
-    )
-    return Retriever(
-        model, items, vocabulary=None if raw_ids is None else Vocabulary(tuple(raw_ids))
-    )
+def _rebuild(layout: Any, arrays: Mapping[str, Any]) -> Any:
+    """The node that `_describe` described."""
+    match layout:
+        case {"array": name}:
+            return arrays[name]
+        case {"bytes": inner}:
+            return np.asarray(_rebuild(inner, arrays)).tobytes()
+        case {"catalog": catalog, "hashes": hashes, "head_rows": head_rows}:
+            return TermCatalog(
+                tuple(catalog["features"]),
+                catalog["seed"],
+                np.array(_rebuild(hashes, arrays)).view(np.uint64).reshape(-1),
+                np.array(_rebuild(head_rows, arrays)),
+            )
+        case {"node": name, "fields": parts}:
+            return _NODES[name](**_rebuild(parts, arrays))
+        case {"map": parts}:
+            return {key: _rebuild(part, arrays) for key, part in parts.items()}
+        case {"tuple": parts}:
+            return tuple(_rebuild(part, arrays) for part in parts)
+        case {"value": value}:
+            return value
+    raise PublishError(f"the metadata describe an unknown part: {layout}")
