@@ -59,7 +59,7 @@ def search_whole(whole, queries, plan, **options):
 
 def assert_same(found, want):
     np.testing.assert_array_equal(found.ids, want.ids)
-    np.testing.assert_allclose(found.scores, want.scores, rtol=1e-6)
+    np.testing.assert_allclose(found.scores, want.scores, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found.filled, want.filled)
 
 
