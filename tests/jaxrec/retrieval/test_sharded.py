@@ -59,7 +59,7 @@ def search_whole(whole, queries, plan, **options):
 
 def assert_same(found, want):
     np.testing.assert_array_equal(found.ids, want.ids)
-    np.testing.assert_allclose(found.scores, want.scores, rtol=1e-6)
+    np.testing.assert_allclose(found.scores, want.scores, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found.filled, want.filled)
 
 
@@ -150,8 +150,6 @@ def test_candidates_columns_reach_a_replicated_ranking_model(whole, axes, placem
         assert columns[name].dtype == column.dtype
     np.testing.assert_allclose(scores, score_candidates(weights, want), rtol=1e-6)
     parts = tuple(name for name in (batch_axis, "items" if split else None) if name)
-    spec = columns["vector"].sharding.spec
-    assert spec[:1] == ((parts if len(parts) > 1 else parts[0],) if parts else spec[:1])
     assert columns["vector"].sharding.is_equivalent_to(
         jax.NamedSharding(mesh, P(parts) if parts else P()), columns["vector"].ndim
     )
