@@ -27,6 +27,7 @@ from jaxrec.retrieval.bloom_update import (
     TermPool,
     clear_live,
     make_pool,
+    present_terms,
     replace_terms,
     spare_slots,
 )
@@ -40,7 +41,7 @@ from jaxrec.retrieval.filters import (
     Or,
     Term,
 )
-from jaxrec.retrieval.masks import pack_bits, set_bits
+from jaxrec.retrieval.masks import pack_bits, set_bits, unpack_bits
 from jaxrec.retrieval.plan import FilterPlan, compile_plan, evaluate
 from jaxrec.retrieval.terms import ItemTerms, TermCatalog, collect_terms, number_terms
 from pallas_kernels import BloomMasks, bloom_search, bloom_update
@@ -146,15 +147,9 @@ class BloomIndex:
         pairs, catalog = collect_terms(features)
         placed = _placement(pairs.num_items, order, capacity)
         pairs = reordered(pairs, placed)
-        num_live = int((placed >= 0).sum())
-        catalog = with_head(pairs, catalog, num_live, bits_per_tail_term(max_fpr, num_hashes))
-        counts = tail_counts(pairs, catalog)
-        if tail_terms is None:
-            tail_terms = -(-int(counts.sum()) // max(num_live, 1))
-        return _assemble(
-            pairs, catalog, placed >= 0, np.where(placed >= 0, counts, tail_terms),
-            max_fpr=max_fpr, num_hashes=num_hashes, bundle_words=bundle_words,
-            tail_terms=tail_terms,
+        return _laid_out(
+            pairs, catalog, placed >= 0, tail_terms, max_fpr=max_fpr, num_hashes=num_hashes,
+            bundle_words=bundle_words,
         )  # fmt: skip
 
     def empty_like(self, capacity: int, *, tail_terms: int | None = None) -> "BloomIndex":
@@ -177,6 +172,53 @@ class BloomIndex:
             pairs, self.catalog, np.zeros(capacity, bool), np.full(capacity, tail_terms),
             max_fpr=self.max_fpr, num_hashes=self.num_hashes, bundle_words=None,
             tail_terms=tail_terms, max_item_terms=self.max_item_terms,
+        )  # fmt: skip
+
+    @classmethod
+    def joined(cls, parts: Sequence["BloomIndex"], order: Int[_Array, "N"]) -> "BloomIndex":
+        """One index of the items of several, laid out anew from the terms that they store.
+
+        Which values get exact rows, and how many rows the others get, follows the items as they
+        are now; values that no item has any more are forgotten. The catalogue is a new one: plans
+        have to be compiled again.
+
+        Args:
+          parts: indexes that share one catalogue.
+          order: what each bit position holds: a number that counts through the positions of all
+            parts, one part after the other; -1 for none. Items left out are dropped.
+
+        Raises:
+          ValueError: parts of different catalogues, or an order with repeats or of free positions.
+
+        Cost: as `build`, without hashing the values.
+        """
+        first = parts[0]
+        if any(part.catalog is not first.catalog for part in parts):
+            raise ValueError("the parts have different catalogues, whose term numbers differ")
+        held = [unpack_bits(part.live, part.num_items) for part in parts]
+        placed = np.asarray(order)
+        if not np.concatenate(held)[placed[placed >= 0]].all():
+            raise ValueError("order names a bit position that holds no item")
+        stored = [
+            present_terms(TermPool(part.term_spans, part.term_values, part.terms_used), own)
+            for part, own in zip(parts, held, strict=True)
+        ]
+        starts = np.cumsum([0] + [part.num_items for part in parts])
+        pairs = ItemTerms(
+            int(starts[-1]),
+            np.concatenate([own.items + start for own, start in zip(stored, starts, strict=False)]),
+            np.concatenate([own.terms for own in stored]),
+        )
+        pairs = reordered(pairs, placed)
+        used, terms = np.unique(pairs.terms, return_inverse=True)
+        pairs = ItemTerms(pairs.num_items, pairs.items, terms.astype(np.int32))
+        known = first.catalog
+        catalog = TermCatalog(
+            known.features, known.seed, known.hashes_at(used), np.full(len(used), -1, np.int32)
+        )
+        return _laid_out(
+            pairs, catalog, placed >= 0, None, max_fpr=first.max_fpr, num_hashes=first.num_hashes,
+            bundle_words=None,
         )  # fmt: skip
 
     def update(
@@ -420,6 +462,22 @@ def _placement(num_items: int, order: _Array | None, capacity: int | None) -> np
     if capacity < num_items:
         raise ValueError(f"capacity is {capacity}; the features describe {num_items} items")
     return np.pad(np.arange(num_items), (0, capacity - num_items), constant_values=-1)
+
+
+def _laid_out(
+    pairs: ItemTerms, catalog: TermCatalog, held: np.ndarray, tail_terms: int | None, *,
+    max_fpr: float, num_hashes: int, bundle_words: int | None,
+) -> BloomIndex:  # fmt: skip
+    """The index of these pairs, with exact rows where they pay."""
+    num_live = int(held.sum())
+    catalog = with_head(pairs, catalog, num_live, bits_per_tail_term(max_fpr, num_hashes))
+    counts = tail_counts(pairs, catalog)
+    if tail_terms is None:
+        tail_terms = -(-int(counts.sum()) // max(num_live, 1))
+    return _assemble(
+        pairs, catalog, held, np.where(held, counts, tail_terms), max_fpr=max_fpr,
+        num_hashes=num_hashes, bundle_words=bundle_words, tail_terms=tail_terms,
+    )  # fmt: skip
 
 
 def _assemble(

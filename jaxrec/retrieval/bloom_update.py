@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, UInt32
+from jaxtyping import Array, Bool, Int32, UInt32
 
-from jaxrec.retrieval.masks import bits_by_word
+from jaxrec.retrieval.masks import bits_by_word, unpack_bits
 from jaxrec.retrieval.terms import ItemTerms
 
 type _Array = jax.Array | np.ndarray
@@ -116,19 +116,20 @@ def _padded(end: int, places: np.ndarray, values: np.ndarray) -> tuple[np.ndarra
 
 def _compacted(pool: TermPool, live: np.ndarray, leaving: np.ndarray, wanted: int) -> TermPool:
     """The pool without former segments, those of free positions and of the positions `leaving`."""
-    spans, values = np.asarray(pool.spans), np.asarray(pool.values)
-    held = np.unpackbits(live.view(np.uint8), bitorder="little")[: len(spans)].astype(bool)
+    held = unpack_bits(live, pool.spans.shape[0])
     held[leaving] = False
-    lengths = np.where(held, spans[:, 1] - spans[:, 0], 0)
-    ends = np.cumsum(lengths)
-    used = int(lengths.sum())
-    within = np.arange(used) - np.repeat(ends - lengths, lengths)
-    kept = values[np.repeat(spans[:, 0], lengths) + within]
-    size = len(values)
+    kept = present_terms(pool, held)
+    used, size = len(kept.terms), pool.values.shape[0]
     if used + wanted + spare_slots(used + wanted) // 2 > size:
         size = used + wanted + spare_slots(used + wanted)
-    return TermPool(
-        jnp.asarray(np.stack([ends - lengths, ends], axis=1).astype(np.int32)),
-        jnp.asarray(np.pad(kept, (0, size - used))),
-        jnp.asarray(used, jnp.int32),
-    )
+    return make_pool(kept, size - used)
+
+
+def present_terms(pool: TermPool, held: Bool[np.ndarray, "N"]) -> ItemTerms:
+    """The stored terms of the positions that are held. Host only."""
+    spans = np.asarray(pool.spans)
+    lengths = np.where(held, spans[:, 1] - spans[:, 0], 0)
+    ends = np.cumsum(lengths)
+    owners = np.repeat(np.arange(len(spans)), lengths)
+    slots = spans[owners, 0] + np.arange(len(owners)) - (ends - lengths)[owners]
+    return ItemTerms(len(spans), owners.astype(np.int32), np.asarray(pool.values)[slots])

@@ -82,11 +82,12 @@ def save_retriever(
 ) -> int:
     """Writes a built retriever as the next version of `folder`; returns the version."""
     tower, index = _tower_arrays(retriever.model), _index_arrays(retriever)
-    bloom, ivf = retriever.index.bloom, retriever.index.ivf
+    items = _items(retriever)
+    bloom, ivf = items.bloom, items.ivf
     metadata = {
         "format": FORMAT,
         "model_config": dict(model_config or {}),
-        "nprobe": retriever.index.nprobe,
+        "nprobe": items.nprobe,
         "bloom": {name: getattr(bloom, name) for name in _BLOOM_STATIC},
         "catalog": {"features": list(bloom.catalog.features), "seed": bloom.catalog.seed},
         "ivf": {"metric": ivf.metric, "num_items": ivf.num_items},
@@ -241,11 +242,21 @@ def _set_tower_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> None:
     nnx.update(model, nnx.from_flat_state(named))
 
 
+def _items(retriever: Retriever) -> ItemIndex:
+    if not isinstance(retriever.index, ItemIndex):
+        raise PublishError(
+            f"a retriever over a {type(retriever.index).__name__} cannot be saved; compact it and "
+            "save a retriever over its main part"
+        )
+    return retriever.index
+
+
 def _index_arrays(retriever: Retriever) -> dict[str, Any]:
-    bloom, ivf = retriever.index.bloom, retriever.index.ivf
+    items = _items(retriever)
+    bloom, ivf = items.bloom, items.ivf
     arrays = {f"bloom_{name}": getattr(bloom, name) for name in _BLOOM_ARRAYS}
     arrays |= {f"ivf_{name}": getattr(ivf, name) for name in _IVF_ARRAYS}
-    arrays |= {f"{_COLUMN}{name}": column for name, column in retriever.index.columns.items()}
+    arrays |= {f"{_COLUMN}{name}": column for name, column in items.columns.items()}
     arrays["ivf_list_tiles"] = np.frombuffer(ivf.list_tiles, np.int32)
     # JAX has no uint64 by default: hashes travel as pairs of uint32.
     arrays["catalog_hashes"] = bloom.catalog.hashes.view(np.uint32).reshape(-1, 2)

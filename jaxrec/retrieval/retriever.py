@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Key
 from jaxrec.ops.jagged import JaggedBatch, segment_ids
 from jaxrec.retrieval.bloom_index import FilterLike
 from jaxrec.retrieval.item_index import Explanation, ItemIndex
-from jaxrec.retrieval.ivf_index import Metric, SearchResult, check_search
+from jaxrec.retrieval.ivf_index import Metric, SearchResult
 from jaxrec.retrieval.plan import FilterPlan
+from jaxrec.retrieval.search_index import SearchIndex
 
 type _Array = jax.Array | np.ndarray
 
@@ -54,7 +55,7 @@ class Retriever(nnx.Module):
     """
 
     def __init__(
-        self, model: nnx.Module, index: ItemIndex, *, vocabulary: Vocabulary | None = None
+        self, model: nnx.Module, index: SearchIndex, *, vocabulary: Vocabulary | None = None
     ):
         self.model = model
         self.vocabulary = vocabulary
@@ -102,9 +103,16 @@ class Retriever(nnx.Module):
         return cls(model, index, vocabulary=names)
 
     @property
-    def index(self) -> ItemIndex:
+    def index(self) -> SearchIndex:
         """The item index; its ids are item numbers."""
         return jax.tree.unflatten(self.index_layout, [x[...] for x in self.index_arrays])
+
+    def with_index(self, index: SearchIndex) -> "Retriever":
+        """The same model over another index, such as a `LiveIndex` or its next state.
+
+        Nothing is compiled anew where shapes and static parts are the same.
+        """
+        return Retriever(self.model, index, vocabulary=self.vocabulary)
 
     def compile(self, filters: Sequence[FilterLike]) -> FilterPlan:
         """One filter a query to a plan; see `BloomIndex.compile`."""
@@ -139,8 +147,7 @@ class Retriever(nnx.Module):
         Raises:
           ValueError: k or nprobe out of range, or another number of programs than targets.
         """
-        index = self.index
-        check_search(index.ivf, k, index.ivf.nlist if nprobe is None else nprobe)
+        self.index.check_search(k, nprobe)
         if plan.num_queries != batch.target_positions.shape[0]:
             raise ValueError(
                 f"the plan has {plan.num_queries} filters and the batch "
