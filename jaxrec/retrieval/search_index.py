@@ -1,7 +1,7 @@
 """What a `Retriever` needs of an item index."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jaxrec.retrieval.plan import FilterPlan
 type _Array = jax.Array | np.ndarray
 
 
+@runtime_checkable
 class SearchIndex(Protocol):
     """An item index that can be served: `ItemIndex` and `LiveIndex` are two.
 
