@@ -206,7 +206,9 @@ class BloomIndex:
         starts = np.cumsum([0] + [part.num_items for part in parts])
         pairs = ItemTerms(
             int(starts[-1]),
-            np.concatenate([own.items + start for own, start in zip(stored, starts, strict=False)]),
+            np.concatenate(
+                [own.items + np.int32(n) for own, n in zip(stored, starts, strict=False)]
+            ),
             np.concatenate([own.terms for own in stored]),
         )
         pairs = reordered(pairs, placed)

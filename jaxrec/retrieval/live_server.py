@@ -76,14 +76,13 @@ class LiveServer:
           ValueError: as `LiveIndex.upsert`; nothing was changed.
         """
         while True:
-            before = self._index
             try:
                 return self._apply(lambda index: index.upsert(ids, embeddings, features, columns))
             except FreshFullError:
-                if len(np.asarray(ids)) > before.capacity:
+                if len(ids) > self._index.capacity:
                     raise
             with self._compacting:
-                if self._index.main is before.main or not self._has_room(len(np.asarray(ids))):
+                if self._free_rows() < len(ids):  # another thread may have made room
                     self._compact()
 
     def delete(self, ids: Int[_Array, "M"] | Sequence[int]) -> None:
@@ -134,9 +133,8 @@ class LiveServer:
             if self._since is not None:
                 self._since.append(update)
 
-    def _has_room(self, count: int) -> bool:
-        index = self._index
-        return int((np.asarray(index.fresh.ivf.row_ids) < 0).sum()) >= count
+    def _free_rows(self) -> int:
+        return int((np.asarray(self._index.fresh.ivf.row_ids) < 0).sum())
 
     def _compact(self, warm_up: Callable[[LiveIndex], Any] | None = None, **options: Any) -> None:
         with self._updating:

@@ -7,7 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from mean_tower import MeanTower
 
+from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.retrieval import (
     Drift,
     FilterError,
@@ -15,6 +18,7 @@ from jaxrec.retrieval import (
     ItemIndex,
     LiveIndex,
     LiveServer,
+    Retriever,
     brute_force,
     fresh,
 )
@@ -204,12 +208,13 @@ def test_a_stream_compiles_nothing_after_its_first_steps(built, queries):
     for size in (1, 3, 60, 2, 5):
         step(size)
     compiled = sizes()
-    shapes = jax.tree.map(np.shape, index)
+    shapes = [x.shape for x in jax.tree.leaves(index)]
+    structure = jax.tree.structure(index)
     for size in rng.integers(1, 17, 12):
         step(int(size))
     assert sizes() == compiled
-    assert jax.tree.leaves(jax.tree.map(np.shape, index)) == jax.tree.leaves(shapes)
-    assert jax.tree.structure(index) == jax.tree.structure(jax.tree.map(lambda x: x, index))
+    assert [x.shape for x in jax.tree.leaves(index)] == shapes
+    assert jax.tree.structure(index) == structure
 
 
 def test_donated_updates_equal_the_others(live, queries):
@@ -491,3 +496,20 @@ def test_updates_during_a_compaction_are_replayed(live, queries):
     server.compact(warm_up=meanwhile)
     assert server.index.main.bloom is not index.main.bloom
     check(server.index, catalogue, queries)
+
+
+def test_a_retriever_serves_a_live_index():
+    model = MeanTower(30, D, rngs=nnx.Rngs(0))
+    features = {"even": [i % 2 == 0 for i in range(1, 30)]}
+    retriever = Retriever.build(model, features, key=jax.random.key(0), nlist=4)
+    assert isinstance(retriever.index, ItemIndex)
+    index = LiveIndex.build(retriever.index, capacity=64)
+    items, targets = np.array([3, 4, 5, 6, 7], np.int32), np.array([2, 4], np.int32)
+    offsets = np.array([0, 3, 5], np.int32)
+    batch = JaggedBatch(items, offsets, targets, np.zeros_like(targets), np.zeros_like(items))
+    query = np.asarray(retriever.queries(batch))
+    live = retriever.with_index(index.upsert([40], 9 * query[:1], {"even": [True]}).delete([4]))
+    found = live(batch, live.compile(["even:true"] * 2), k=29, exact=True)
+    assert np.asarray(found.ids)[0, 0] == 40
+    for ids in np.asarray(found.ids):
+        assert sorted(ids[ids >= 0]) == [2, *range(6, 30, 2), 40]
