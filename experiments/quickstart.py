@@ -38,6 +38,7 @@ from jaxrec.data import (
 from jaxrec.nn import SASRec, SASRecConfig
 from jaxrec.ops.metrics import ranking_metrics
 from jaxrec.retrieval import (
+    ItemIndex,
     Retriever,
     brute_force,
     load_retriever,
@@ -173,9 +174,10 @@ def serve_stage(config: Quickstart) -> None:
         config.run_folder / "published",
         build_model=lambda saved: SASRec(SASRecConfig(**saved), rngs=nnx.Rngs(0)),
     )
+    index = item_index(retriever)
     print(
         f"published version {version} and loaded it again in {time.monotonic() - started:.1f} s: "
-        f"{retriever.index.ivf.nlist} lists, {retriever.index.nprobe} probed by default"
+        f"{index.ivf.nlist} lists, {index.nprobe} probed by default"
     )
     filters = choose_filters(attributes)
     by_filter = measure_filters(retriever, split.test, filters)
@@ -189,8 +191,8 @@ def serve_stage(config: Quickstart) -> None:
             "filters": by_filter,
             "probes": by_probes,
             "answers": answers,
-            "nprobe": retriever.index.nprobe,
-            "nlist": retriever.index.ivf.nlist,
+            "nprobe": item_index(retriever).nprobe,
+            "nlist": item_index(retriever).ivf.nlist,
         },
     )
 
@@ -264,15 +266,21 @@ def query_vectors(model: SASRec, questions: EvalSet) -> jax.Array:
     return model.encode(batch)[jnp.asarray(batch.target_positions)]
 
 
+def item_index(retriever: Retriever) -> ItemIndex:
+    """The retriever's index, which was built from items here."""
+    assert isinstance(retriever.index, ItemIndex)
+    return retriever.index
+
+
 def num_results(retriever: Retriever) -> int:
     """K, or all items of a smaller catalogue."""
-    return min(K, retriever.index.bloom.num_items, retriever.index.ivf.num_items)
+    return min(K, item_index(retriever).bloom.num_items, item_index(retriever).ivf.num_items)
 
 
 def eligible_items(retriever: Retriever, text: str | None) -> np.ndarray:
     """Numbers of the items that pass a filter."""
-    mask = retriever.index.bloom.search(retriever.compile([text]), exact=True)
-    row_ids = np.asarray(retriever.index.ivf.row_ids)
+    mask = item_index(retriever).bloom.search(retriever.compile([text]), exact=True)
+    row_ids = np.asarray(item_index(retriever).ivf.row_ids)
     return np.sort(row_ids[np.asarray(unpack_mask(mask, len(row_ids)))[0]])
 
 
@@ -311,9 +319,9 @@ def tower_outputs(retriever: Retriever, batch: Any) -> tuple[np.ndarray, np.ndar
 def measure_probes(retriever: Retriever, questions: EvalSet) -> list[dict[str, Any]]:
     """Recall of the bare index, without a filter, by the number of probed lists."""
     queries, table = tower_outputs(retriever, query_batch(retriever.model, questions))
-    ivf, k = retriever.index.ivf, num_results(retriever)
+    ivf, k = item_index(retriever).ivf, num_results(retriever)
     truth = brute_force(queries, table, np.arange(1, len(table)), k=k)
-    probes = sorted({1, 2, 4, 8, 16, 32, 64, retriever.index.nprobe, ivf.nlist})
+    probes = sorted({1, 2, 4, 8, 16, 32, 64, item_index(retriever).nprobe, ivf.nlist})
     return [
         {"nprobe": n, "recall": recall(ivf.search(queries, k=k, nprobe=n).ids, truth)}
         for n in probes

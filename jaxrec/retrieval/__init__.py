@@ -7,12 +7,15 @@ them (`Retriever`, `publish` and its like) is left out.
 from jaxrec.retrieval.bloom_index import BloomIndex
 from jaxrec.retrieval.filter_text import parse_filter
 from jaxrec.retrieval.filters import F, Filter, FilterError
+from jaxrec.retrieval.fresh import Drift, FreshFullError, LiveIndex
 from jaxrec.retrieval.item_index import Explanation, ItemIndex
 from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
+from jaxrec.retrieval.live_server import LiveServer
 from jaxrec.retrieval.masks import spread_tiles, unpack_mask
 from jaxrec.retrieval.plan import FilterPlan
 from jaxrec.retrieval.planner import CostModel, SearchPlan, Strategy
 from jaxrec.retrieval.quality import brute_force, recall
+from jaxrec.retrieval.search_index import SearchIndex
 from jaxrec.retrieval.sharded import ShardedIndex
 
 try:
@@ -25,16 +28,21 @@ except ModuleNotFoundError as error:
 __all__ = [
     "BloomIndex",
     "CostModel",
+    "Drift",
     "Explanation",
     "F",
     "Filter",
     "FilterError",
     "FilterPlan",
+    "FreshFullError",
     "IVFIndex",
     "IndexState",
     "ItemIndex",
+    "LiveIndex",
+    "LiveServer",
     "PublishError",
     "Retriever",
+    "SearchIndex",
     "SearchPlan",
     "SearchResult",
     "ShardedIndex",

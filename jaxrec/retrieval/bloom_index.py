@@ -30,13 +30,13 @@ from jaxrec.retrieval.bloom_update import (
     clear_live,
     length_bound,
     make_pool,
+    present_terms,
     replace_terms,
     spare_slots,
-    stored_pairs,
 )
 from jaxrec.retrieval.filter_text import FilterLike, to_tree
 from jaxrec.retrieval.filters import Term, rejecting_part
-from jaxrec.retrieval.masks import pack_bits, set_bits, tile_word_numbers, unpack_mask
+from jaxrec.retrieval.masks import pack_bits, set_bits, tile_word_numbers, unpack_bits
 from jaxrec.retrieval.plan import FilterPlan, compile_plan, evaluate
 from jaxrec.retrieval.terms import ItemTerms, TermCatalog, collect_terms, number_terms
 from pallas_kernels import BloomMasks, bloom_search, bloom_update
@@ -146,15 +146,9 @@ class BloomIndex:
         pairs, catalog = collect_terms(features)
         placed = placement(pairs.num_items, order, capacity)
         pairs = reordered(pairs, placed)
-        num_live = int((placed >= 0).sum())
-        catalog = with_head(pairs, catalog, num_live, bits_per_tail_term(max_fpr, num_hashes))
-        counts = tail_counts(pairs, catalog)
-        if tail_terms is None:
-            tail_terms = -(-int(counts.sum()) // max(num_live, 1))
-        return _assemble(
-            pairs, catalog, placed >= 0, np.where(placed >= 0, counts, tail_terms),
-            max_fpr=max_fpr, num_hashes=num_hashes, bundle_words=bundle_words,
-            tail_terms=tail_terms, terms_per_item=len(pairs.terms) / max(num_live, 1),
+        return _laid_out(
+            pairs, catalog, placed >= 0, tail_terms, max_fpr=max_fpr, num_hashes=num_hashes,
+            bundle_words=bundle_words,
         )  # fmt: skip
 
     def reordered(self, order: Int[_Array, "M"]) -> "BloomIndex":
@@ -166,9 +160,9 @@ class BloomIndex:
           ValueError: `order` names a position that does not exist, or one more than once.
         """
         order = np.asarray(order)
-        live = np.asarray(unpack_mask(self.live[None], self.num_items))[0]
+        live = unpack_bits(self.live, self.num_items)
         pool = TermPool(self.term_spans, self.term_values, self.terms_used)
-        pairs = reordered(stored_pairs(pool, live), order)
+        pairs = reordered(present_terms(pool, live), order)
         counts = tail_counts(pairs, self.catalog)
         held = (order >= 0) & live[np.maximum(order, 0)]
         return _assemble(
@@ -200,6 +194,55 @@ class BloomIndex:
             max_fpr=self.max_fpr, num_hashes=self.num_hashes, bundle_words=None,
             tail_terms=tail_terms, terms_per_item=int(self.terms_used) / max(num_live, 1),
             max_item_terms=self.max_item_terms,
+        )  # fmt: skip
+
+    @classmethod
+    def joined(cls, parts: Sequence["BloomIndex"], order: Int[_Array, "N"]) -> "BloomIndex":
+        """One index of the items of several, laid out anew from the terms that they store.
+
+        Which values get exact rows, and how many rows the others get, follows the items as they
+        are now; values that no item has any more are forgotten. The catalogue is a new one: plans
+        have to be compiled again.
+
+        Args:
+          parts: indexes that share one catalogue.
+          order: what each bit position holds: a number that counts through the positions of all
+            parts, one part after the other; -1 for none. Items left out are dropped.
+
+        Raises:
+          ValueError: parts of different catalogues, or an order with repeats or of free positions.
+
+        Cost: as `build`, without hashing the values.
+        """
+        first = parts[0]
+        if any(part.catalog is not first.catalog for part in parts):
+            raise ValueError("the parts have different catalogues, whose term numbers differ")
+        held = [unpack_bits(part.live, part.num_items) for part in parts]
+        placed = np.asarray(order)
+        if not np.concatenate(held)[placed[placed >= 0]].all():
+            raise ValueError("order names a bit position that holds no item")
+        stored = [
+            present_terms(TermPool(part.term_spans, part.term_values, part.terms_used), own)
+            for part, own in zip(parts, held, strict=True)
+        ]
+        starts = np.cumsum([0] + [part.num_items for part in parts])
+        pairs = ItemTerms(
+            int(starts[-1]),
+            np.concatenate(
+                [own.items + np.int32(n) for own, n in zip(stored, starts, strict=False)]
+            ),
+            np.concatenate([own.terms for own in stored]),
+        )
+        pairs = reordered(pairs, placed)
+        used, terms = np.unique(pairs.terms, return_inverse=True)
+        pairs = ItemTerms(pairs.num_items, pairs.items, terms.astype(np.int32))
+        known = first.catalog
+        catalog = TermCatalog(
+            known.features, known.seed, known.hashes_at(used), np.full(len(used), -1, np.int32)
+        )
+        return _laid_out(
+            pairs, catalog, placed >= 0, None, max_fpr=first.max_fpr, num_hashes=first.num_hashes,
+            bundle_words=None,
         )  # fmt: skip
 
     def update(
@@ -408,6 +451,23 @@ class BloomIndex:
             padded = [np.pad(x, (0, size - len(x))).astype(np.int32) for x in chunk]
             passes.append(np.asarray(self._evaluate(plan, *padded))[: len(chunk[0])])
         return np.concatenate(passes) if passes else np.zeros(0, bool)
+
+
+def _laid_out(
+    pairs: ItemTerms, catalog: TermCatalog, held: np.ndarray, tail_terms: int | None, *,
+    max_fpr: float, num_hashes: int, bundle_words: int | None,
+) -> BloomIndex:  # fmt: skip
+    """The index of these pairs, with exact rows where they pay."""
+    num_live = int(held.sum())
+    catalog = with_head(pairs, catalog, num_live, bits_per_tail_term(max_fpr, num_hashes))
+    counts = tail_counts(pairs, catalog)
+    if tail_terms is None:
+        tail_terms = -(-int(counts.sum()) // max(num_live, 1))
+    return _assemble(
+        pairs, catalog, held, np.where(held, counts, tail_terms), max_fpr=max_fpr,
+        num_hashes=num_hashes, bundle_words=bundle_words, tail_terms=tail_terms,
+        terms_per_item=len(pairs.terms) / max(num_live, 1),
+    )  # fmt: skip
 
 
 def _assemble(

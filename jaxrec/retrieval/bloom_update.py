@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, UInt32
 
-from jaxrec.retrieval.masks import bits_by_word
+from jaxrec.retrieval.masks import bits_by_word, unpack_bits
 from jaxrec.retrieval.terms import ItemTerms
 
 type _Array = jax.Array | np.ndarray
@@ -136,8 +136,8 @@ def _padded(end: int, places: np.ndarray, values: np.ndarray) -> tuple[np.ndarra
     )
 
 
-def stored_pairs(pool: TermPool, held: Bool[np.ndarray, "N"]) -> ItemTerms:
-    """The positions held and their terms. Host only."""
+def present_terms(pool: TermPool, held: Bool[np.ndarray, "N"]) -> ItemTerms:
+    """The stored terms of the positions that are held. Host only."""
     spans = np.asarray(pool.spans)
     lengths = np.where(held, spans[:, 1] - spans[:, 0], 0)
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -148,9 +148,9 @@ def stored_pairs(pool: TermPool, held: Bool[np.ndarray, "N"]) -> ItemTerms:
 def _compacted(pool: TermPool, live: np.ndarray, leaving: np.ndarray, wanted: int) -> TermPool:
     """The pool without former segments, those of free positions and of the positions `leaving`."""
     num_positions, size = len(pool.spans), pool.values.shape[0]
-    held = np.unpackbits(live.view(np.uint8), bitorder="little")[:num_positions].astype(bool)
+    held = unpack_bits(live, num_positions)
     held[leaving] = False
-    pairs = stored_pairs(pool, held)
+    pairs = present_terms(pool, held)
     used = len(pairs.terms)
     if used + wanted + spare_slots(used + wanted) // 2 > size:
         size = max(used + wanted + spare_slots(used + wanted), size + size // 2)

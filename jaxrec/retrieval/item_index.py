@@ -128,7 +128,7 @@ class ItemIndex:
                 raise ValueError(f"column {name!r} has {len(column)} entries for {num_items} items")
         nlist = max(1, round(num_items**0.5)) if nlist is None else nlist
         ivf = IVFIndex.build(embeddings, nlist=nlist, key=build_key, metric=metric, row_ids=ids)
-        order = _positions(ids, np.asarray(ivf.row_ids))
+        order = positions_of(ids, np.asarray(ivf.row_ids))
         bloom = BloomIndex.build(features, max_fpr=max_fpr, order=order)
         if sample_queries is None:
             sample_queries = sample_vectors(ivf, tune_key)
@@ -144,6 +144,10 @@ class ItemIndex:
     def compile(self, filters: Sequence[FilterLike]) -> FilterPlan:
         """One filter a query to a plan; see `BloomIndex.compile`."""
         return self.bloom.compile(filters)
+
+    def check_search(self, k: int, nprobe: int | None = None) -> None:
+        """Raises ValueError unless `search` takes these numbers."""
+        check_search(self.ivf, k, self.ivf.nlist if nprobe is None else nprobe)
 
     def search(
         self,
@@ -205,7 +209,7 @@ class ItemIndex:
 
     def _checked(self, queries, plan, exclude, k, nprobe, exact, costs):
         """(queries [M, H, D], rows excluded, options)."""
-        check_search(self.ivf, k, self.ivf.nlist if nprobe is None else nprobe)
+        self.check_search(k, nprobe)
         queries = jnp.asarray(queries)
         if queries.ndim not in (2, 3):
             raise ValueError(f"queries have shape {queries.shape}; expected [M, D] or [M, H, D]")
@@ -272,7 +276,9 @@ class ItemIndex:
         )
 
 
-def _positions(ids: Int[np.ndarray, "N"], row_ids: Int32[np.ndarray, "R"]) -> Int[np.ndarray, "R"]:
+def positions_of(
+    ids: Int[np.ndarray, "N"], row_ids: Int32[np.ndarray, "R"]
+) -> Int[np.ndarray, "R"]:
     """For each row the place of its item in `ids`, -1 for rows without one."""
     by_id = np.argsort(ids)
     places = by_id[np.minimum(np.searchsorted(ids[by_id], row_ids), len(ids) - 1)]

@@ -136,10 +136,37 @@ class IVFIndex:
         spherical = metric == "cosine"
         points = normalise(jnp.asarray(rows)) if spherical else jnp.asarray(rows)
         centroids = kmeans(key, points, nlist, spherical=spherical)
-        return _lay_out(
+        return lay_out(
             centroids, np.asarray(assign(points, centroids)), ids,
             np.asarray(points.astype(vector_dtype)), metric,
         )  # fmt: skip
+
+    @classmethod
+    def blank(
+        cls, width: int, capacity: int, metric: Metric, vector_dtype: Any, *,
+        num_items: int | None = None,
+    ) -> "IVFIndex":  # fmt: skip
+        """One list of `capacity` rows, rounded up to whole tiles, without an item in them.
+
+        Args:
+          num_items: what the index says it holds, a bound on its results; None says `capacity`.
+        """
+        num_tiles = max(1, -(-capacity // IVF_TILE_ROWS))
+        rows = num_tiles * IVF_TILE_ROWS
+        return cls(
+            centroids=jnp.zeros((1, width), jnp.float32),
+            codes=jnp.zeros((rows, width), jnp.int8),
+            scales=jnp.zeros(rows, jnp.float32),
+            vectors=jnp.zeros((rows, width), vector_dtype),
+            row_ids=jnp.full(rows, -1, jnp.int32),
+            id_order=jnp.arange(rows, dtype=jnp.int32),
+            live=jnp.zeros(rows // 32, jnp.uint32),
+            tile_offsets=jnp.array([0, num_tiles], jnp.int32),
+            error_bounds=jnp.zeros(2, jnp.float32),
+            metric=metric,
+            num_items=rows if num_items is None else num_items,
+            list_tiles=np.array([num_tiles], np.int32).tobytes(),
+        )
 
     def search(
         self,
@@ -200,7 +227,7 @@ class IVFIndex:
         row_ids, vectors = np.asarray(self.row_ids), np.asarray(self.vectors)
         kept = np.flatnonzero((row_ids >= 0) & ~np.isin(row_ids, new_ids))
         lists = np.repeat(np.arange(self.nlist), np.diff(self.tile_offsets) * IVF_TILE_ROWS)
-        return _lay_out(
+        return lay_out(
             self.centroids,
             np.concatenate([lists[kept], np.asarray(assign(points, self.centroids))]),
             np.concatenate([row_ids[kept], new_ids]),
@@ -331,8 +358,8 @@ def _checked_ids(row_ids: Any, rows: np.ndarray) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def _lay_out(centroids, lists, ids, vectors, metric: Metric) -> IVFIndex:
-    """The index of rows `vectors` whose lists are known: sorted by list, then by id."""
+def lay_out(centroids, lists, ids, vectors, metric: Metric) -> IVFIndex:
+    """The index of rows `vectors` whose lists are known: sorted by list, then by id. Host only."""
     nlist, width = centroids.shape
     order = np.lexsort((ids, lists))
     counts = np.bincount(lists, minlength=nlist)

@@ -15,6 +15,12 @@ def pack_bits(bits: Bool[np.ndarray, "R"]) -> UInt32[np.ndarray, "words"]:
     return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
 
 
+def unpack_bits(words: UInt32[_Array, "words"], num_bits: int) -> Bool[np.ndarray, "{num_bits}"]:
+    """The first bits of `words`, as a new array. Host only; undoes `pack_bits`."""
+    as_bytes = np.ascontiguousarray(words).astype("<u4").view(np.uint8)
+    return np.unpackbits(as_bytes, bitorder="little")[:num_bits].astype(bool)
+
+
 def unpack_mask(mask: UInt32[_Array, "Q words"], num_items: int) -> Bool[Array, "Q {num_items}"]:
     """One bool an item instead of one bit."""
     if num_items > mask.shape[1] * 32:
@@ -67,6 +73,15 @@ def spread_tiles(
     queries = jnp.arange(tiles.shape[0], dtype=jnp.int32)[:, None]
     masks = jnp.zeros((tiles.shape[0], num_words), jnp.uint32)
     return masks.at[queries, places].set(jnp.asarray(tile_masks), mode="drop")
+
+
+def bit_at(
+    words: UInt32[_Array, "words"], positions: Int[_Array, "*shape"]
+) -> Bool[Array, "*shape"]:
+    """Whether the bit of each position is set; False for -1. Traceable."""
+    safe = jnp.maximum(positions, 0)
+    bits = jnp.asarray(words)[safe // 32] >> (safe % 32).astype(jnp.uint32)
+    return (bits & 1).astype(bool) & (positions >= 0)
 
 
 def to_row_order(

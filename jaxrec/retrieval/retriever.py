@@ -16,7 +16,7 @@ from jaxrec.nn.value_model import Part
 from jaxrec.ops.jagged import JaggedBatch, segment_ids
 from jaxrec.retrieval.bloom_index import FilterLike
 from jaxrec.retrieval.item_index import Explanation, ItemIndex
-from jaxrec.retrieval.ivf_index import Metric, SearchResult, check_search
+from jaxrec.retrieval.ivf_index import Metric, SearchResult
 from jaxrec.retrieval.merge import POLICIES, Policy, merge_candidates
 from jaxrec.retrieval.plan import FilterPlan
 from jaxrec.retrieval.ranking import (
@@ -27,6 +27,7 @@ from jaxrec.retrieval.ranking import (
     task_scores,
     tasks_of,
 )
+from jaxrec.retrieval.search_index import SearchIndex
 
 CANDIDATES = 1000
 """Candidates that are ranked for each user, unless told otherwise."""
@@ -101,7 +102,7 @@ class Retriever(nnx.Module):
     def __init__(
         self,
         model: nnx.Module,
-        index: ItemIndex,
+        index: SearchIndex,
         *,
         value_model: ValueModel | None = None,
         merge: str | Policy = "union",
@@ -166,13 +167,23 @@ class Retriever(nnx.Module):
         return cls(model, index, value_model=value_model, merge=merge, vocabulary=names)
 
     @property
-    def index(self) -> ItemIndex:
+    def index(self) -> SearchIndex:
         """The item index; its ids are item numbers."""
         return jax.tree.unflatten(self.index_layout, [x[...] for x in self.index_arrays])
 
     def compile(self, filters: Sequence[FilterLike]) -> FilterPlan:
         """One filter a query to a plan; see `BloomIndex.compile`."""
         return self.index.compile(filters)
+
+    def with_index(self, index: SearchIndex) -> "Retriever":
+        """The same model over another index, such as a `LiveIndex` or its next state.
+
+        Nothing is compiled anew where shapes and static parts are the same.
+        """
+        return Retriever(
+            self.model, index, value_model=self.value_model, merge=self.merge,
+            vocabulary=self.vocabulary,
+        )  # fmt: skip
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -224,12 +235,13 @@ class Retriever(nnx.Module):
             targets.
         """
         index = self.index
-        check_search(index.ivf, k, index.ivf.nlist if nprobe is None else nprobe)
+        index.check_search(k, nprobe)
         if num_candidates is None:
             num_candidates = max(k, min(CANDIDATES, index.num_items))
         elif num_candidates < k:
             raise ValueError(f"num_candidates is {num_candidates}; expected k = {k} or more")
-        check_search(index.ivf, num_candidates, 1)
+        if self.ranks:
+            index.check_search(num_candidates, nprobe)
         if plan.num_queries != batch.target_positions.shape[0]:
             raise ValueError(
                 f"the plan has {plan.num_queries} filters and the batch "
@@ -296,7 +308,9 @@ def _tower(model: nnx.Module) -> Any:
     return model
 
 
-def _check_parts(model: Any, index: ItemIndex, value_model: ValueModel | None, merge: Any) -> None:
+def _check_parts(
+    model: Any, index: SearchIndex, value_model: ValueModel | None, merge: Any
+) -> None:
     tasks, columns = tasks_of(model), set(index.columns)
     if value_model is None and len(tasks) > 1:
         raise ValueError(

@@ -128,6 +128,13 @@ class ShardedIndex:
         Cost: a search of 1/S of the rows on each device, for min(K, R) results, and an all-gather
         of 12 · S · min(K, R) bytes a query.
         """
+        self.check_search(k, nprobe)
+        self._check_batch(len(queries), "queries")
+        static = (k, nprobe, exact)
+        return _search(self, jnp.asarray(queries), plan, exclude, static)
+
+    def check_search(self, k: int, nprobe: int | None = None) -> None:
+        """Raises ValueError unless `search` takes these numbers."""
         shard = self._abstract()
         if not 1 <= k <= min(self.num_items, IVF_MAX_K):
             raise ValueError(
@@ -138,9 +145,6 @@ class ShardedIndex:
             raise ValueError(
                 f"nprobe is {nprobe}; expected 1 to {shard.ivf.nlist}, the number of lists"
             )
-        self._check_batch(len(queries), "queries")
-        static = (k, nprobe, exact)
-        return _search(self, jnp.asarray(queries), plan, exclude, static)
 
     def gather(self, ids: Int[_Array, "Q *shape"], *, split: bool = False) -> dict[str, Array]:
         """The columns' values for these items, [Q, *shape, ...] each, from the items' owners.

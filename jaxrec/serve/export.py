@@ -24,6 +24,7 @@ from jaxtyping import Int
 
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.retrieval.filter_text import parse_filter
+from jaxrec.retrieval.item_index import ItemIndex
 from jaxrec.retrieval.ivf_index import SearchResult
 from jaxrec.retrieval.plan import compile_plan
 from jaxrec.retrieval.terms import TermCatalog
@@ -54,6 +55,7 @@ def export_retriever(
     nprobe: int | None = None,
     exact: bool = False,
     exclude_history: bool | int = False,
+    num_candidates: int | None = None,
     platforms: Sequence[str] = ("cpu", "cuda"),
 ) -> Path:
     """Writes a retriever for `load_exported`.
@@ -64,7 +66,7 @@ def export_retriever(
     Args:
       retriever: stays as it is.
       path: a new folder.
-      k, nprobe, exact, exclude_history: as for a call of the retriever; fixed in the export.
+      k, nprobe, exact, exclude_history, num_candidates: as for a call of the retriever; fixed in the export.
       batch_sizes: numbers of sequences, one program each.
       max_length: items of the longest history; a batch of B has B · max_length token slots.
       max_filter_steps: longest filter program, terms and operators together.
@@ -85,14 +87,21 @@ def export_retriever(
         )
     if folder.exists():
         raise ExportError(f"{folder} exists; export to a new folder")
+    items = retriever.index
+    if not isinstance(items, ItemIndex):
+        raise ExportError(
+            f"a retriever over a {type(items).__name__} is not exported; give it an ItemIndex, as "
+            "a live index has after compact()"
+        )
     # The reference search lowers for every platform; a GPU's kernels only for that GPU.
     portable = jax.local_devices(backend="cpu")[0] if set(platforms) != {"cuda"} else None
     with jax.default_device(portable):
         programs, state = _programs(
             retriever, sizes, max_length, max_filter_steps, platforms,
             k=k, nprobe=nprobe, exact=exact, exclude_history=exclude_history,
+            num_candidates=num_candidates,
         )  # fmt: skip
-    bloom = retriever.index.bloom
+    bloom = items.bloom
     about = {
         "format": FORMAT,
         "jax": jax.__version__,
