@@ -153,7 +153,8 @@ class MLPOverArch(ResidualOverArch):
         sizes = [*config.hidden, 1]
         self.layers = nnx.List(
             [
-                Linear(fan_in, fan_out, rngs=rngs, std=fan_in**-0.5)
+                # A bias of the score itself would change no ranking, and never be trained.
+                Linear(fan_in, fan_out, rngs=rngs, std=fan_in**-0.5, bias=fan_out > 1)
                 for fan_in, fan_out in itertools.pairwise(sizes)
             ]
         )
@@ -235,7 +236,7 @@ class AttentionOverArch(ResidualOverArch):
         blocks = [CandidateBlock(config, rngs=rngs) for _ in range(config.num_blocks)]
         self.blocks = nnx.List(blocks)
         self.norm = LayerNorm(hidden)
-        self.out = Linear(hidden, 1, rngs=rngs, std=hidden**-0.5)
+        self.out = Linear(hidden, 1, rngs=rngs, std=hidden**-0.5, bias=False)
 
     def _components(self, item_embeddings):
         return {"row": item_embeddings, "hidden": self.from_item(item_embeddings)}
