@@ -164,7 +164,7 @@ def _search(ivf, queries, mask, fetch: int, options, all_rows) -> RowResult:
     few = strategy == Strategy.COMPACT
 
     def each_its_own():
-        compact = _search_compact(ivf, queries, mask, jnp.where(few, eligible, 0), fetch)
+        compact = search_compact(ivf, queries, mask, jnp.where(few, eligible, 0), fetch)
         probing = jnp.repeat(~few, heads)
 
         def probe():
@@ -176,7 +176,7 @@ def _search(ivf, queries, mask, fetch: int, options, all_rows) -> RowResult:
     return lax.cond(strategy[0] == Strategy.SCAN, scan, each_its_own)
 
 
-def _search_compact(ivf, queries, mask, counts, fetch: int) -> RowResult:
+def search_compact(ivf, queries, mask, counts, fetch: int) -> RowResult:
     """The best of the first `counts` rows of each mask: gathered in chunks and scored in f32.
 
     Small chunks waste little on few rows; large ones need few top-k for many.
