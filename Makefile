@@ -27,6 +27,7 @@ aot: $(UV_HOME)/ready  ## compile every kernel for an H200, without one
 
 bench: .setup
 	$(RUN) python -m experiments.bench_bloom
+	$(RUN) --extra bench python -m experiments.bench_retrieval
 
 gpu:  ## with a GPU and the machine's own Python packages: tests, then benchmarks
 	python3 -m pytest tests/pallas_kernels -m gpu -o addopts="-ra" -p no:cacheprovider

@@ -6,12 +6,14 @@ from jaxrec.retrieval.item_index import Explanation, ItemIndex
 from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
 from jaxrec.retrieval.masks import unpack_mask
 from jaxrec.retrieval.plan import FilterPlan
+from jaxrec.retrieval.planner import CostModel, SearchPlan, Strategy
 from jaxrec.retrieval.publish import PublishError, load_retriever, publish, save_retriever
 from jaxrec.retrieval.quality import brute_force, recall
 from jaxrec.retrieval.retriever import IndexState, Retriever
 
 __all__ = [
     "BloomIndex",
+    "CostModel",
     "Explanation",
     "F",
     "Filter",
@@ -22,7 +24,9 @@ __all__ = [
     "ItemIndex",
     "PublishError",
     "Retriever",
+    "SearchPlan",
     "SearchResult",
+    "Strategy",
     "brute_force",
     "load_retriever",
     "parse_filter",

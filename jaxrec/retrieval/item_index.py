@@ -8,23 +8,25 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, Key, UInt32
+from jaxtyping import Array, Float, Int, Int32, Key
 
 from jaxrec.retrieval.bloom_index import BloomIndex, FilterLike
-from jaxrec.retrieval.filtered_search import search_eligible
+from jaxrec.retrieval.filtered_search import SearchOptions, plan_of, search_eligible
 from jaxrec.retrieval.ivf_index import (
     IVFIndex,
     Metric,
     SearchResult,
     check_search,
     list_of_row,
-    list_scores,
+    rank_lists,
     sample_vectors,
     search_rows,
     tune_nprobe,
     with_ids,
 )
+from jaxrec.retrieval.masks import chosen_rows
 from jaxrec.retrieval.plan import FilterPlan
+from jaxrec.retrieval.planner import CostModel, SearchPlan, recall_curve, tuned_costs
 
 type _Array = jax.Array | np.ndarray
 
@@ -35,7 +37,8 @@ class Explanation(NamedTuple):
     Attributes:
       rejected_by: smallest part of the filter that rejects the item; None if it passes.
       list_rank: how many lists score better than the item's own; it is scanned if below nprobe.
-      probed: whether the item's list is scanned.
+      probed: whether the item's list is scanned where lists are probed; `ItemIndex.plan_of` tells
+        where they are.
       score: inner product of the query and the item's row.
       code_score: the same from the int8 codes.
     """
@@ -50,7 +53,7 @@ class Explanation(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["ivf", "bloom", "columns"],
-    meta_fields=["nprobe"],
+    meta_fields=["nprobe", "shares"],
 )
 @dataclass(frozen=True, eq=False)
 class ItemIndex:
@@ -62,13 +65,16 @@ class ItemIndex:
       ivf: vectors; its row order is everybody's.
       bloom: attributes; position r is row r.
       columns: further values of each row by name, as of `gather`; arrays [R, ...].
-      nprobe: lists scanned by default.
+      nprobe: lists that hold the wanted recall of the best 100 without a filter.
+      shares: the recall curve, by which a search decides how many lists it scans under a filter;
+        see `recall_curve`.
     """
 
     ivf: IVFIndex
     bloom: BloomIndex
     columns: Mapping[str, Any]
     nprobe: int
+    shares: tuple[tuple[float, float], ...]
 
     def __post_init__(self):
         # Unflattening puts arbitrary objects in the place of arrays, which have no length.
@@ -107,8 +113,7 @@ class ItemIndex:
           nlist: lists of the IVF index; None takes the square root of N.
           metric: "ip" or "cosine".
           max_fpr: of the Bloom index.
-          recall: the default nprobe is the smallest that holds this part of the true top 100 of
-            the sample queries.
+          recall: part of the sample queries' true results that a search should find.
           sample_queries: vectors like those that will be asked; None takes 256 of the items, which
             look like queries only where queries look like items.
 
@@ -128,7 +133,8 @@ class ItemIndex:
         if sample_queries is None:
             sample_queries = sample_vectors(ivf, tune_key)
         nprobe, _ = tune_nprobe(ivf, sample_queries, recall=recall)
-        return cls(ivf, bloom, _in_rows(columns or {}, order), nprobe)
+        shares = recall_curve(ivf, sample_queries, recall=recall)
+        return cls(ivf, bloom, _in_rows(columns or {}, order), nprobe, shares)
 
     @property
     def num_items(self) -> int:
@@ -141,43 +147,77 @@ class ItemIndex:
 
     def search(
         self,
-        queries: Float[_Array, "Q D"],
+        queries: Float[_Array, "*Q D"],
         plan: FilterPlan,
         *,
         k: int,
         nprobe: int | None = None,
         exact: bool = False,
-        exclude: Int[_Array, "Q X"] | None = None,
+        exclude: Int[_Array, "M X"] | None = None,
+        costs: CostModel | None = None,
     ) -> SearchResult:
         """The k best items for each query that pass its filter; traceable.
 
         Items returned always pass their filter: survivors of the search are checked on the stored
         attributes. `filled` is below k only where fewer than k items are eligible.
 
+        How each query is searched is decided on the device from the number of items that pass its
+        filter (see `plan_of`): these items alone, the nearest lists, or everything for the batch.
+
         Args:
-          queries: f32 or bf16.
-          plan: from `compile`, with Q programs.
+          queries: f32 or bf16 [M, D], or [M, H, D] where H queries share each filter, as the heads
+            of a user or a batch with one filter; the result then is [M, H, k].
+          plan: from `compile`, with M programs.
           k: results, 1 to the number of items.
-          nprobe: lists to scan, 1 to nlist; None takes the default chosen at the build.
-          exact: scan every item's own row: the result equals brute force over the eligible items.
-          exclude: ids that a query must not return; -1 for none.
+          nprobe: lists to scan at least, 1 to nlist; None takes as many as the recall asked for at
+            the build needs under each query's filter.
+          exact: score every eligible item's own row: the result equals brute force.
+          exclude: ids that a filter's queries must not return; -1 for none.
+          costs: what the planner reckons with; None takes what was measured for this device.
 
         Raises:
-          ValueError: k or nprobe out of range, or another number of programs than queries.
+          ValueError: k or nprobe out of range, or another number of programs than M.
         """
-        nprobe = self.ivf.nlist if exact else self.nprobe if nprobe is None else nprobe
-        check_search(self.ivf, k, nprobe)
+        shape = queries.shape[:-1]
+        queries, excluded, options = self._checked(queries, plan, exclude, k, nprobe, exact, costs)
+        found = search_eligible(self.ivf, self.bloom, plan, queries, excluded, options)
+        found = with_ids(self.ivf, found)
+        return SearchResult(*(x.reshape(*shape, *x.shape[1:]) for x in found))
+
+    def plan_of(
+        self,
+        queries: Float[_Array, "*Q D"],
+        plan: FilterPlan,
+        *,
+        k: int,
+        nprobe: int | None = None,
+        exact: bool = False,
+        exclude: Int[_Array, "M X"] | None = None,
+        costs: CostModel | None = None,
+    ) -> SearchPlan:
+        """How `search` with the same arguments searches first; traceable.
+
+        Where results are lacking, since items found did not pass or the lists held too few, the
+        search goes on over all rows.
+        """
+        queries, excluded, options = self._checked(queries, plan, exclude, k, nprobe, exact, costs)
+        return plan_of(self.ivf, self.bloom, plan, queries, excluded, options)
+
+    def _checked(self, queries, plan, exclude, k, nprobe, exact, costs):
+        """(queries [M, H, D], rows excluded, options)."""
+        check_search(self.ivf, k, self.ivf.nlist if nprobe is None else nprobe)
+        queries = jnp.asarray(queries)
+        if queries.ndim not in (2, 3):
+            raise ValueError(f"queries have shape {queries.shape}; expected [M, D] or [M, H, D]")
         if plan.opcodes.shape[0] != queries.shape[0]:
             raise ValueError(
                 f"the plan has {plan.opcodes.shape[0]} filters for {queries.shape[0]} queries; "
-                "compile one filter for each"
+                "compile one filter for each, or give queries that share one as [filters, H, D]"
             )
-        excluded = None if exclude is None else self._rows_mask(exclude)
-        found = search_eligible(
-            self.ivf, self.bloom, plan, jnp.asarray(queries), excluded,
-            k=k, nprobe=nprobe, precision="float" if exact else "rescored",
-        )  # fmt: skip
-        return with_ids(self.ivf, found)
+        words = self.ivf.live.shape[0]
+        excluded = None if exclude is None else chosen_rows(self.ivf.rows_of(exclude), words)
+        options = SearchOptions(k, nprobe, exact, self.shares, costs or tuned_costs())
+        return queries.reshape(len(queries), -1, queries.shape[-1]), excluded, options
 
     def gather(self, ids: Int[_Array, "*shape"]) -> dict[str, Array]:
         """The columns' values for these items, [*shape, ...] each; zeros for ids not held."""
@@ -207,9 +247,8 @@ class ItemIndex:
         row = np.atleast_1d(np.asarray(ivf.rows_of(np.array([item], np.int32))))
         if row[0] < 0:
             raise ValueError(f"the index holds no item {item}")
-        scores = list_scores(ivf, query[None])[0]
         own = int(list_of_row(ivf, row)[0])
-        rank = int((scores > scores[own]).sum())
+        rank = int(np.flatnonzero(np.asarray(rank_lists(ivf, query[None]))[0] == own)[0])
         mask = np.zeros((1, ivf.live.shape[0]), np.uint32)
         mask[0, row // 32] = np.uint32(1) << np.uint32(row[0] % 32)
         parts: list[Literal["float", "int8"]] = ["float", "int8"]
@@ -225,19 +264,6 @@ class ItemIndex:
             score=score,
             code_score=code_score,
         )
-
-    def _rows_mask(self, ids) -> UInt32[Array, "Q words"]:
-        """Bits of the rows that hold these items."""
-        num_rows = self.ivf.row_ids.shape[0]
-        rows = self.ivf.rows_of(ids)
-        rows = jnp.sort(jnp.where(rows >= 0, rows, num_rows), axis=1)
-        first = jnp.diff(rows, axis=1, prepend=-1) > 0
-        # Distinct rows have distinct bits, so adding them up is the same as OR.
-        bit = jnp.uint32(1) << (rows % 32).astype(jnp.uint32)
-        bits = jnp.where(first & (rows < num_rows), bit, 0)
-        queries = jnp.arange(len(rows))[:, None]
-        words = jnp.minimum(rows // 32, num_rows // 32 - 1)
-        return jnp.zeros((len(rows), num_rows // 32), jnp.uint32).at[queries, words].add(bits)
 
 
 def _positions(ids: Int[np.ndarray, "N"], row_ids: Int32[np.ndarray, "R"]) -> Int[np.ndarray, "R"]:

@@ -27,7 +27,7 @@ type _Array = jax.Array | np.ndarray
 
 
 class SearchResult(NamedTuple):
-    """The best items of each query, best first.
+    """The best items of each query, best first; Q are the dimensions of the queries.
 
     Attributes:
       scores: inner products, or cosines; -inf behind the filled slots; f32[Q, k].
@@ -37,10 +37,10 @@ class SearchResult(NamedTuple):
         proved", as whenever lists were left out; bool[Q].
     """
 
-    scores: Float32[Array, "Q k"]
-    ids: Int32[Array, "Q k"]
-    filled: Int32[Array, "Q"]
-    exact: Bool[Array, "Q"]
+    scores: Float32[Array, "*Q k"]
+    ids: Int32[Array, "*Q k"]
+    filled: Int32[Array, "*Q"]
+    exact: Bool[Array, "*Q"]
 
 
 class RowResult(NamedTuple):
@@ -161,7 +161,7 @@ class IVFIndex:
             id i, as a stand-alone `BloomIndex` gives it; ids beyond the words are not eligible.
           mask_order: "row" for masks of a `BloomIndex` built with `order=index.row_ids`, which are
             used as they are; "item" order is permuted, one gather of R words a query.
-          precision: "int8" ranks by the codes; "rescored" takes about 1.5·k survivors of that and
+          precision: "int8" ranks by the codes; "rescored" takes about 1.25·k survivors of that and
             ranks them by the rows themselves; "float" scans the rows themselves, 4 times the bytes.
 
         Fewer than k eligible items in the probed lists are no error: see `filled`.
@@ -266,7 +266,7 @@ def tune_nprobe(
         index, queries, None, k=min(k, index.num_items), nprobe=index.nlist, precision="float"
     )
     lists = list_of_row(index, np.asarray(best.rows))
-    ranks = np.argsort(np.argsort(-list_scores(index, queries), axis=1), axis=1)
+    ranks = np.argsort(np.asarray(rank_lists(index, queries)), axis=1)
     needed = np.sort(np.take_along_axis(ranks, lists, axis=1).ravel())
     nprobe = int(needed[int(np.ceil(recall * needed.size)) - 1]) + 1
     return nprobe, float((needed < nprobe).mean())
@@ -286,11 +286,20 @@ def list_of_row(index: IVFIndex, rows: Int[np.ndarray, "*shape"]) -> Int[np.ndar
     return np.searchsorted(np.asarray(index.tile_offsets), rows // IVF_TILE_ROWS, side="right") - 1
 
 
-def list_scores(index: IVFIndex, queries: Float[_Array, "Q D"]) -> Float32[np.ndarray, "Q C"]:
-    """What the lists are probed by: inner products of queries and centroids. Host only."""
+def as_queries(index: IVFIndex, queries: Float[_Array, "*Q D"]) -> Float32[Array, "*Q D"]:
+    """Queries as they are scored: in f32, and for the cosine metric of length 1."""
     queries = jnp.asarray(queries, jnp.float32)
-    queries = normalise(queries) if index.metric == "cosine" else queries
-    return np.asarray(jnp.matmul(queries, index.centroids.T, precision=lax.Precision.HIGHEST))
+    if index.metric == "ip":
+        return queries
+    return normalise(queries.reshape(-1, queries.shape[-1])).reshape(queries.shape)
+
+
+def rank_lists(index: IVFIndex, queries: Float[_Array, "Q D"]) -> Int32[Array, "Q C"]:
+    """The lists in the order in which each query probes them; traceable."""
+    scores = jnp.matmul(
+        as_queries(index, queries), index.centroids.T, precision=lax.Precision.HIGHEST
+    )
+    return lax.top_k(scores, index.nlist)[1]
 
 
 def check_search(index: IVFIndex, k: int, nprobe: int) -> None:
@@ -381,25 +390,31 @@ def with_ids(index: IVFIndex, found: RowResult) -> SearchResult:
 def search_rows(
     index: IVFIndex,
     queries: Float[_Array, "Q D"],
-    row_mask: UInt32[_Array, "Q words"] | None,
+    row_mask: UInt32[_Array, "M words"] | None,
     *,
     k: int,
     nprobe: int,
     precision: Precision,
+    mask_of_query: Int32[_Array, "Q"] | None = None,
+    probes: Int32[_Array, "Q"] | None = None,
 ) -> RowResult:
-    """`IVFIndex.search` for row-order masks, giving rows; traceable, without checks."""
-    queries = jnp.asarray(queries, jnp.float32)
-    if index.metric == "cosine":
-        queries = normalise(queries)
+    """`IVFIndex.search` for row-order masks, giving rows; traceable, without checks.
+
+    `mask_of_query` and `probes` are as for `ivf_search`.
+    """
+    queries = as_queries(index, queries)
     offsets = np.concatenate([[0], np.cumsum(np.frombuffer(index.list_tiles, np.int32))])
     bound = probed_tiles_bound(offsets.astype(np.int32), nprobe)
     scan_k = (
-        min(k + k // 2 + 32, max(k, index.num_items), IVF_MAX_K) if precision == "rescored" else k
+        min(k + k // 4 + 16, max(k, index.num_items), IVF_MAX_K) if precision == "rescored" else k
     )
-    scan = functools.partial(ivf_search, queries, index.centroids, k=scan_k, nprobe=nprobe,
-                             max_tiles=bound)  # fmt: skip
+    scan = functools.partial(
+        ivf_search, queries, index.centroids, k=scan_k, nprobe=nprobe, max_tiles=bound,
+        mask_of_query=mask_of_query, probes=probes,
+    )  # fmt: skip
     rest = (index.tile_offsets, index.live, row_mask)
-    all_lists = jnp.full(len(queries), nprobe == index.nlist)
+    all_lists = jnp.full(len(queries), nprobe) if probes is None else jnp.asarray(probes)
+    all_lists = all_lists >= index.nlist
     is_f32 = index.vectors.dtype == jnp.float32
     if precision == "float":
         found = scan(index.vectors, jnp.ones(len(index.row_ids), jnp.float32), *rest)

@@ -46,3 +46,44 @@ def to_row_order(
         return jnp.sum(bits.reshape(-1, 32) << lanes, axis=1, dtype=jnp.uint32)
 
     return lax.map(one_query, jnp.asarray(mask))
+
+
+def chosen_rows(rows: Int32[_Array, "Q n"], words: int) -> UInt32[Array, "Q {words}"]:
+    """The mask of these rows; -1 is none, and a row may stand more than once."""
+    num_rows = 32 * words
+    rows = jnp.sort(jnp.where(rows >= 0, rows, num_rows), axis=1)
+    first = jnp.diff(rows, axis=1, prepend=-1) > 0
+    # Distinct rows have distinct bits, so adding them up is the same as OR.
+    bits = jnp.where(first & (rows < num_rows), _bit(rows), 0)
+    queries = jnp.arange(len(rows))[:, None]
+    words_of = jnp.minimum(rows // 32, words - 1)
+    return jnp.zeros((len(rows), words), jnp.uint32).at[queries, words_of].add(bits)
+
+
+def rows_at(
+    words: UInt32[_Array, "words"], ends: Int32[_Array, "words"], places: Int32[_Array, "n"]
+) -> Int32[Array, "n"]:
+    """The rows of the set bits number `places`; any row for places behind the last.
+
+    Args:
+      words: a mask.
+      ends: set bits up to and with each word.
+      places: counted from 0.
+
+    Cost: a binary search, log2(words) gathers a place.
+    """
+    word = jnp.searchsorted(ends, places, side="right").astype(jnp.int32)
+    word = jnp.minimum(word, len(words) - 1)
+    bits = words[word]
+    left = places - (ends[word] - lax.population_count(bits).astype(jnp.int32))
+    lane = jnp.zeros_like(places)
+    for half in (16, 8, 4, 2, 1):
+        low = lax.population_count(bits & jnp.uint32((1 << half) - 1)).astype(jnp.int32)
+        above = left >= low
+        lane, left = lane + half * above, left - low * above
+        bits = jnp.where(above, bits >> half, bits)
+    return word * 32 + jnp.minimum(lane, 31)
+
+
+def _bit(rows: Int32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    return jnp.uint32(1) << (rows % 32).astype(jnp.uint32)

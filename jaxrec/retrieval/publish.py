@@ -29,7 +29,7 @@ from jaxrec.retrieval.ivf_index import IVFIndex, Metric
 from jaxrec.retrieval.retriever import Retriever, Vocabulary
 from jaxrec.retrieval.terms import TermCatalog
 
-FORMAT = 2
+FORMAT = 3
 _ITEMS = ("tower", "index", "metadata", "vocabulary")
 _BLOOM_ARRAYS = ("rows", "row_offsets", "live", "term_offsets", "term_values")
 _BLOOM_STATIC = ("num_items", "num_head", "num_hashes", "max_item_terms")
@@ -87,6 +87,7 @@ def save_retriever(
         "format": FORMAT,
         "model_config": dict(model_config or {}),
         "nprobe": retriever.index.nprobe,
+        "shares": [list(point) for point in retriever.index.shares],
         "bloom": {name: getattr(bloom, name) for name in _BLOOM_STATIC},
         "catalog": {"features": list(bloom.catalog.features), "seed": bloom.catalog.seed},
         "ivf": {"metric": ivf.metric, "num_items": ivf.num_items},
@@ -269,6 +270,7 @@ def _assemble(model, index, metadata, raw_ids) -> Retriever:
         BloomIndex(**bloom_arrays, **metadata["bloom"], catalog=catalog),
         columns,
         metadata["nprobe"],
+        tuple(tuple(point) for point in metadata["shares"]),
     )
     return Retriever(
         model, items, vocabulary=None if raw_ids is None else Vocabulary(tuple(raw_ids))

@@ -86,15 +86,15 @@ def ivf_search(
       config: an `IvfConfig` for the XLA backend, an `IvfKernelConfig` for the kernel; None takes
         the heuristic.
 
-    Ties are won by the row met first: lists by centroid score, then rows in order. The kernel may
-    return any of the tied rows, and can miss a row where more of the best share one of its lanes
-    than the lane keeps: `complete` is then false.
+    Of rows with equal scores any may win. The kernel can miss a row where more of the best share
+    one of its lanes than the lane keeps: `complete` is then false.
 
     Raises:
       ValueError: k, nprobe, shapes or dtypes out of range.
 
-    Cost: per query 2·64·max_tiles·D operations and as many bytes of codes as rows scanned times D.
-    Scores exist for a block at a time (about 32 MiB with the heuristic). No gradient.
+    Cost: per query 2·rows·D operations for the rows of its lists, and rows·(D + 4) bytes. Probing
+    all lists, a block of queries shares these bytes; about R/8 bytes a query hold the best score of
+    each group of rows. Scores exist for a block at a time. No gradient.
     """
     _check(queries, centroids, codes, tile_offsets, live, mask, mask_of_query, k, nprobe)
     kernel_tiles = config or kernel_heuristic(
@@ -116,9 +116,8 @@ def ivf_search(
         return IvfTopK(*found)
     full = nprobe == centroids.shape[0] and probes is None
     num_rows = codes.shape[0] if full else max_tiles * TILE_ROWS
-    row_bytes = 4 if full else 4 + codes.shape[1] * codes.dtype.itemsize
     tiles = config if isinstance(config, IvfConfig) else None
-    tiles = tiles or IvfConfig.heuristic(queries.shape[0], num_rows, row_bytes)
+    tiles = tiles or IvfConfig.heuristic(queries.shape[0], num_rows, shared=full)
     scores, rows = ref.ivf_search(
         queries, centroids, codes, scales, tile_offsets, live, mask, mask_of_query, probes,
         k=k, nprobe=nprobe, max_tiles=max_tiles, config=tiles,

@@ -8,7 +8,7 @@ TILE_ROWS = 64
 MAX_K = 16_384
 """Most results a query may ask for."""
 
-_BLOCK_BYTES = 32 << 20
+_BLOCK_BYTES = 4 << 20  # the scores of a block fit the caches of two CPU cores
 
 BLOCK_QUERIES = (8, 16, 32, 64)
 SLOT_TILES = (16, 32, 64, 128)  # masks of 16 tiles fill the smallest copy, 128 bytes
@@ -27,8 +27,7 @@ class IvfConfig:
 
     Attributes:
       query_block: queries scored together.
-      row_block: rows scored together, a multiple of `TILE_ROWS`; query_block · row_block scores
-        exist at a time, and with lists probed also query_block · row_block · D gathered codes.
+      row_block: rows scored together, a multiple of `TILE_ROWS`.
     """
 
     query_block: int
@@ -42,17 +41,16 @@ class IvfConfig:
             )
 
     @classmethod
-    def heuristic(cls, num_queries: int, num_rows: int, row_bytes: int) -> "IvfConfig":
-        """Blocks of about 32 MiB.
+    def heuristic(cls, num_queries: int, num_rows: int, *, shared: bool) -> "IvfConfig":
+        """Blocks of about 4 MiB of scores.
 
         Args:
           num_queries: Q.
           num_rows: most rows that one query scores.
-          row_bytes: bytes that one query holds for each row: 4 for its score, and the row's codes
-            where each query gathers its own.
+          shared: all queries score the same rows, so that a block holds scores of many.
         """
-        query_block = max(1, min(num_queries, 64))
-        rows = _BLOCK_BYTES // (query_block * row_bytes)
+        query_block = max(1, min(num_queries, 128))
+        rows = _BLOCK_BYTES // (4 * query_block) if shared else 1 << 14
         row_block = max(TILE_ROWS, min(rows, num_rows) // TILE_ROWS * TILE_ROWS)
         return cls(query_block, row_block)
 

@@ -1,6 +1,7 @@
 """The XLA reference of `ivf_search`: the definition of correct, and what runs without a kernel."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from pallas_kernels.ivf.config import TILE_ROWS, IvfConfig
 
 _TILE_WORDS = TILE_ROWS // 32
 _INT8_MAX = 127.0
+_EXACT_F32_WIDTH = 2**24 // 127**2  # up to this width f32 holds every sum of int8 products
+_LEAST_GEMM_QUERIES = 16  # with fewer, XLA's CPU products fall back to slow loops
 
 type _Array = jax.Array | np.ndarray
 
@@ -66,41 +69,157 @@ def ivf_search(
     max_tiles: int,
     config: IvfConfig,
 ) -> tuple[Float32[Array, "Q {k}"], Int32[Array, "Q {k}"]]:
-    """`pallas_kernels.ivf_search` in plain jnp, scanning block after block into a running top-k.
+    """`pallas_kernels.ivf_search` in plain jnp.
 
-    Queries go through in blocks (`lax.map`), each with its own scan over rows: all rows in order
-    if every list is probed, else the tiles of its work list, gathered.
+    With every list probed, all rows are scored in order for a block of queries at once. Else each
+    query walks through the tiles of its own lists.
     """
-    num_queries, query_block = queries.shape[0], config.query_block
+    num_queries = queries.shape[0]
     if num_queries == 0 or codes.shape[0] == 0:
         return jnp.full((num_queries, k), -jnp.inf), jnp.full((num_queries, k), -1, jnp.int32)
-    full = nprobe == centroids.shape[0] and probes is None
-    queries = queries.astype(jnp.float32)
-
     if mask is not None and mask_of_query is None:
         mask_of_query = jnp.arange(num_queries, dtype=jnp.int32)
+    queries = queries.astype(jnp.float32)
+    rows = _Rows(codes, scales, live, mask)
+    scored = _Queries(*_like_codes(queries, codes.dtype), mask_of_query)
+    if nprobe == centroids.shape[0] and probes is None:
+        scan = functools.partial(_scan_all, rows, k=k, row_block=config.row_block)
+        scores, found = _in_blocks(scan, scored, min(config.query_block, num_queries))
+    else:
+        probed = _probed_lists(queries, centroids, nprobe)
+        scan = functools.partial(
+            _scan_lists, rows, tile_offsets, k=k, max_tiles=max_tiles, row_block=config.row_block
+        )
+        scores, found = _each(scan, (scored, probed, probes), config.query_block)
+    return scores, jnp.where(jnp.isneginf(scores), -1, found)
 
-    def one_block(operands):
-        block, own_masks, own_probes = operands
-        words = None if mask is None else mask[own_masks]
-        scorer = _Scorer(block, codes, scales, live, words)
-        if full:
-            return _scan_rows(scorer, k, config.row_block)
-        probed = _probed_lists(block, centroids, nprobe)
-        work = _work_list(probed, own_probes, tile_offsets, max_tiles)
-        return _scan_work_list(scorer, work, k, config.row_block // TILE_ROWS)
 
-    num_blocks = -(-num_queries // query_block)
-    padding = num_blocks * query_block - num_queries
+class _Rows(NamedTuple):
+    """What is searched; R rows, M masks."""
+
+    codes: Shaped[Array, "R D"]
+    scales: Float32[Array, "R"]
+    live: UInt32[Array, "words"]
+    mask: UInt32[Array, "M words"] | None
+
+
+class _Queries(NamedTuple):
+    """Queries in the type of the codes, Q of them or one; `mask` is the number of a mask."""
+
+    codes: Shaped[Array, "*Q D"]
+    scale: Float32[Array, "*Q"]
+    mask: Int32[Array, "*Q"] | None
+
+
+def _like_codes(queries, dtype):
+    return quantise(queries) if dtype == jnp.int8 else (queries, jnp.ones(len(queries)))
+
+
+def _in_blocks(scan, queries: _Queries, size: int):
+    """`scan` of blocks of queries, one after the other."""
+    num_queries = len(queries.codes)
+    num_blocks = -(-num_queries // size)
 
     def blocked(x):
-        x = jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(num_blocks, query_block, *x.shape[1:])
+        x = jnp.pad(x, ((0, num_blocks * size - num_queries), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(num_blocks, size, *x.shape[1:])
 
-    operands = jax.tree.map(blocked, (queries, mask_of_query, probes))
-    scores, rows = lax.map(one_block, operands)
-    scores, rows = (x.reshape(-1, k)[:num_queries] for x in (scores, rows))
-    return scores, jnp.where(jnp.isneginf(scores), -1, rows)
+    found = lax.map(scan, jax.tree.map(blocked, queries))
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[:num_queries], found)
+
+
+def _each(scan, operands, batch_size: int):
+    """`scan` of each query: one by one on a CPU, side by side elsewhere."""
+    return lax.platform_dependent(
+        operands,
+        cpu=functools.partial(lax.map, lambda each: scan(*each)),
+        default=functools.partial(lax.map, lambda each: scan(*each), batch_size=batch_size),
+    )
+
+
+def _scan_all(rows: _Rows, queries: _Queries, *, k: int, row_block: int):
+    """The k best of all rows for a block of queries, in two passes.
+
+    The first keeps only the best score of each small group of rows. The k best rows lie in the k
+    groups with the best such scores, and only these groups are scored again.
+    """
+    num_rows = rows.codes.shape[0]
+    row_block, group = min(row_block, num_rows), _group_rows(num_rows, k)
+
+    def best_of_groups(block):
+        # The last block is moved back to end with the rows; what it shares is skipped.
+        start = jnp.minimum(block * row_block, num_rows - row_block)
+        scores = _score_block(rows, queries, start, row_block)
+        fresh = start + jnp.arange(row_block, dtype=jnp.int32) >= block * row_block
+        scores = jnp.where(fresh, scores, -jnp.inf).reshape(len(scores), -1, group)
+        return jnp.max(scores, axis=2), start // group
+
+    blocks = jnp.arange(-(-num_rows // row_block), dtype=jnp.int32)
+    best, first_groups = lax.map(best_of_groups, blocks)
+    best = best.transpose(1, 0, 2).reshape(best.shape[1], -1)
+    best, places = lax.top_k(best, min(k, best.shape[1]))
+    in_block = row_block // group
+    groups = first_groups[places // in_block] + places % in_block
+
+    def rank(query, groups, best):
+        found = (groups[:, None] * group + jnp.arange(group, dtype=jnp.int32)).ravel()
+        scores = _score_rows(rows, query, found)
+        scores = jnp.where(jnp.repeat(jnp.isneginf(best), group), -jnp.inf, scores)
+        return _best(scores, found, k)
+
+    return _each(rank, (queries, groups, best), len(best))
+
+
+def _group_rows(num_rows: int, k: int) -> int:
+    """Rows of a group, 8 to 64: k groups are scored again and R / group best scores compared.
+
+    The first costs some 8 times as much a row as the second an entry.
+    """
+    ideal = (num_rows / (8 * k)) ** 0.5
+    return next((size for size in (8, 16, 32) if ideal < 1.5 * size), TILE_ROWS)
+
+
+def _score_block(rows: _Rows, queries: _Queries, start, count: int) -> Float32[Array, "Q {count}"]:
+    codes = lax.dynamic_slice_in_dim(rows.codes, start, count)
+    scales = lax.dynamic_slice_in_dim(rows.scales, start, count)
+    words = lax.dynamic_slice_in_dim(rows.live, start // 32, count // 32)[None]
+    if rows.mask is not None:
+        own = lax.dynamic_slice_in_dim(rows.mask, start // 32, count // 32, axis=1)
+        words = words & own[queries.mask]
+    scores = _products(queries.codes, codes) * (queries.scale[:, None] * scales)
+    return jnp.where(_bits(words), scores, -jnp.inf)
+
+
+def _products(queries, codes) -> Float32[Array, "Q n"]:
+    dims, num_queries = (((1,), (1,)), ((), ())), len(queries)
+    if codes.dtype != jnp.int8:
+        codes = codes.astype(jnp.float32)
+        return lax.dot_general(queries, codes, dims, precision=lax.Precision.HIGHEST)
+    if codes.shape[1] > _EXACT_F32_WIDTH:
+        products = lax.dot_general(queries, codes, dims, preferred_element_type=jnp.int32)
+        return products.astype(jnp.float32)
+    queries = jnp.pad(queries, ((0, max(0, _LEAST_GEMM_QUERIES - num_queries)), (0, 0)))
+    queries, codes = queries.astype(jnp.bfloat16), codes.astype(jnp.bfloat16)
+    products = lax.dot_general(queries, codes, dims, preferred_element_type=jnp.float32)
+    return products[:num_queries]
+
+
+def _score_rows(rows: _Rows, query: _Queries, chosen: Int32[Array, "n"]) -> Float32[Array, "n"]:
+    """One query's scores of some rows."""
+    scores = _row_products(query.codes, rows.codes[chosen]) * (query.scale * rows.scales[chosen])
+    words = rows.live[chosen // 32]
+    if rows.mask is not None:
+        words = words & rows.mask[query.mask, chosen // 32]
+    passes = (words >> (chosen % 32).astype(jnp.uint32)) & 1
+    return jnp.where(passes.astype(bool), scores, -jnp.inf)
+
+
+def _row_products(query, codes) -> Float32[Array, "n"]:
+    if codes.dtype == jnp.int8 and codes.shape[1] > _EXACT_F32_WIDTH:
+        products = codes.astype(jnp.int32) * query.astype(jnp.int32)
+        return jnp.sum(products, axis=1).astype(jnp.float32)
+    query, codes = query.astype(jnp.float32), codes.astype(jnp.float32)
+    return jnp.dot(codes, query, precision=lax.Precision.HIGHEST)
 
 
 def _probed_lists(queries, centroids, nprobe: int) -> Int32[Array, "Q nprobe"]:
@@ -108,127 +227,74 @@ def _probed_lists(queries, centroids, nprobe: int) -> Int32[Array, "Q nprobe"]:
     return lax.top_k(scores, nprobe)[1]
 
 
+def _scan_lists(
+    rows: _Rows, tile_offsets, query: _Queries, probed, probes, *, k, max_tiles, row_block
+):
+    """The k best rows of one query's lists, tile by tile into a running top-k."""
+    work, num_tiles = _work_list(probed, probes, tile_offsets, max_tiles)
+    tile_block = max(1, min(row_block // TILE_ROWS, max_tiles))
+    lanes = jnp.arange(TILE_ROWS, dtype=jnp.int32)
+
+    def one_block(block, best):
+        first = block * tile_block
+
+        def one_tile(i, scores):
+            found = _score_tile(rows, query, work[first + i])
+            return lax.dynamic_update_slice(scores, found, (i * TILE_ROWS,))
+
+        scores = jnp.full(tile_block * TILE_ROWS, -jnp.inf)
+        scores = lax.fori_loop(0, jnp.minimum(tile_block, num_tiles - first), one_tile, scores)
+        places = jnp.minimum(first + jnp.arange(tile_block, dtype=jnp.int32), max_tiles - 1)
+        found = (work[places][:, None] * TILE_ROWS + lanes).ravel()
+        return _merge(best, _best(scores, found, k), k)
+
+    nothing = jnp.full(k, -jnp.inf), jnp.full(k, -1, jnp.int32)
+    return lax.fori_loop(0, (num_tiles + tile_block - 1) // tile_block, one_block, nothing)
+
+
 def _work_list(
-    probed: Int32[Array, "Q nprobe"],
-    probes: Int32[Array, "Q"] | None,
+    probed: Int32[Array, "nprobe"],
+    probes: Int32[Array, ""] | None,
     tile_offsets: Int32[Array, "C1"],
     max_tiles: int,
-) -> Int32[Array, "Q {max_tiles}"]:
-    """The tiles of each query's lists one after the other; -1 behind the last."""
+) -> tuple[Int32[Array, "{max_tiles}"], Int32[Array, ""]]:
+    """The tiles of a query's lists one after the other, and how many they are."""
     sizes = (tile_offsets[1:] - tile_offsets[:-1])[probed]
     if probes is not None:
-        sizes = jnp.where(jnp.arange(probed.shape[1]) < probes[:, None], sizes, 0)
-    ends = jnp.cumsum(sizes, axis=1)
+        sizes = jnp.where(jnp.arange(len(probed)) < probes, sizes, 0)
+    ends = jnp.cumsum(sizes)
     slots = jnp.arange(max_tiles, dtype=jnp.int32)
-    which = jax.vmap(lambda e: jnp.searchsorted(e, slots, side="right"))(ends)
-    which = jnp.minimum(which, probed.shape[1] - 1)
-    starts = tile_offsets[probed] - (ends - sizes)
-    tiles = jnp.take_along_axis(starts, which, axis=1) + slots
-    return jnp.where(slots < ends[:, -1:], tiles, -1)
+    which = jnp.minimum(jnp.searchsorted(ends, slots, side="right"), len(probed) - 1)
+    tiles = (tile_offsets[probed] - (ends - sizes))[which] + slots
+    return jnp.where(slots < ends[-1], tiles, 0), ends[-1]
 
 
-class _Scorer:
-    """Scores of a block of queries against blocks of rows."""
-
-    def __init__(self, queries, codes, scales, live, mask):
-        self.codes, self.scales, self.live, self.mask = codes, scales, live, mask
-        if codes.dtype == jnp.int8:
-            self.queries, self.query_scales = quantise(queries)
-        else:
-            self.queries, self.query_scales = queries, jnp.ones(len(queries), jnp.float32)
-
-    def rows(self, start, count: int) -> Float32[Array, "Q {count}"]:
-        """Rows start up to start + count, the same for every query."""
-        codes = lax.dynamic_slice_in_dim(self.codes, start, count)
-        scales = lax.dynamic_slice_in_dim(self.scales, start, count)
-        words = lax.dynamic_slice_in_dim(self.live, start // 32, count // 32)[None]
-        if self.mask is not None:
-            words = words & lax.dynamic_slice_in_dim(self.mask, start // 32, count // 32, axis=1)
-        scores = _products(self.queries, codes) * (self.query_scales[:, None] * scales)
-        return jnp.where(_bits(words), scores, -jnp.inf)
-
-    def tiles(self, tiles: Int32[Array, "Q t"]) -> Float32[Array, "Q rows"]:
-        """Each query's own tiles; -inf for tile -1.
-
-        A CPU takes the queries one by one: XLA has fast int8 products there, but not batched ones.
-        """
-        operands = (self.queries, self.query_scales, tiles, self.mask)
-        return lax.platform_dependent(
-            operands,
-            cpu=lambda each: lax.map(self._own_tiles, each),
-            default=jax.vmap(self._own_tiles),
-        )
-
-    def _own_tiles(self, operands) -> Float32[Array, "rows"]:
-        query, query_scale, tiles, mask = operands
-        safe = jnp.maximum(tiles, 0)
-        codes = self.codes.reshape(-1, TILE_ROWS, len(query))[safe].reshape(-1, len(query))
-        scales = self.scales.reshape(-1, TILE_ROWS)[safe].reshape(-1)
-        words = self.live.reshape(-1, _TILE_WORDS)[safe]
-        if mask is not None:
-            words = words & mask.reshape(-1, _TILE_WORDS)[safe]
-        words = jnp.where(tiles[:, None] >= 0, words, 0).reshape(1, -1)
-        scores = _products(query[None], codes)[0] * (query_scale * scales)
-        return jnp.where(_bits(words)[0], scores, -jnp.inf)
+def _score_tile(rows: _Rows, query: _Queries, tile) -> Float32[Array, "rows"]:
+    codes = lax.dynamic_slice_in_dim(rows.codes, tile * TILE_ROWS, TILE_ROWS)
+    scales = lax.dynamic_slice_in_dim(rows.scales, tile * TILE_ROWS, TILE_ROWS)
+    words = lax.dynamic_slice_in_dim(rows.live, tile * _TILE_WORDS, _TILE_WORDS)
+    if rows.mask is not None and query.mask is not None:
+        start = (query.mask, tile * _TILE_WORDS)
+        words = words & lax.dynamic_slice(rows.mask, start, (1, _TILE_WORDS))[0]
+    scores = _row_products(query.codes, codes) * (query.scale * scales)
+    return jnp.where(_bits(words), scores, -jnp.inf)
 
 
-def _products(queries, codes) -> Float32[Array, "Q n"]:
-    dims = (((1,), (1,)), ((), ()))
-    if codes.dtype == jnp.int8:
-        products = lax.dot_general(queries, codes, dims, preferred_element_type=jnp.int32)
-        return products.astype(jnp.float32)
-    codes = codes.astype(jnp.float32)
-    return lax.dot_general(queries, codes, dims, precision=lax.Precision.HIGHEST)
-
-
-def _bits(words: UInt32[Array, "Q n"]) -> Bool[Array, "Q bits"]:
+def _bits(words: UInt32[Array, "*Q n"]) -> Bool[Array, "*Q bits"]:
     bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return bits.reshape(words.shape[0], -1).astype(bool)
+    return bits.reshape(*words.shape[:-1], -1).astype(bool)
 
 
-def _scan_rows(scorer: _Scorer, k: int, row_block: int):
-    num_rows = scorer.codes.shape[0]
-    row_block = min(row_block, num_rows)
-    lanes = jnp.arange(row_block, dtype=jnp.int32)
-
-    def step(best, block):
-        # The last block is moved back to end with the rows; what it shares is skipped.
-        start = jnp.minimum(block * row_block, num_rows - row_block)
-        scores = scorer.rows(start, row_block)
-        scores = jnp.where(start + lanes >= block * row_block, scores, -jnp.inf)
-        return _merge(best, scores, jnp.broadcast_to(start + lanes, scores.shape), k), None
-
-    blocks = jnp.arange(-(-num_rows // row_block), dtype=jnp.int32)
-    return lax.scan(step, _nothing(len(scorer.queries), k), blocks)[0]
+def _best(scores: Float32[Array, "n"], rows: Int32[Array, "n"], k: int):
+    """The k best of n scored rows, -inf and -1 behind the last."""
+    scores, places = lax.top_k(scores, min(k, len(scores)))
+    rows, missing = rows[places], k - len(scores)
+    return (
+        jnp.pad(scores, (0, missing), constant_values=-jnp.inf),
+        jnp.pad(rows, (0, missing), constant_values=-1),
+    )
 
 
-def _scan_work_list(scorer: _Scorer, work: Int32[Array, "Q t"], k: int, tile_block: int):
-    tile_block = max(1, min(tile_block, work.shape[1]))
-    num_blocks = -(-work.shape[1] // tile_block)
-    work = jnp.pad(work, ((0, 0), (0, num_blocks * tile_block - work.shape[1])), constant_values=-1)
-
-    def step(block, best):
-        tiles = lax.dynamic_slice_in_dim(work, block * tile_block, tile_block, axis=1)
-        lanes = jnp.arange(TILE_ROWS, dtype=jnp.int32)
-        rows = (tiles[..., None] * TILE_ROWS + lanes).reshape(len(tiles), -1)
-        return _merge(best, scorer.tiles(tiles), rows, k)
-
-    # The bound allows for the largest lists; most queries probe smaller ones and end earlier.
-    longest = jnp.max(jnp.sum(work >= 0, axis=1))
-    used_blocks = (longest + tile_block - 1) // tile_block
-    return lax.fori_loop(0, used_blocks, step, _nothing(len(work), k))
-
-
-def _nothing(num_queries: int, k: int):
-    return jnp.full((num_queries, k), -jnp.inf), jnp.full((num_queries, k), -1, jnp.int32)
-
-
-def _merge(best, scores, rows, k: int):
-    """The k best of those so far and of a block; the block is cut to its own k best first."""
-    if scores.shape[1] > k:
-        scores, places = lax.top_k(scores, k)
-        rows = jnp.take_along_axis(rows, places, axis=1)
-    scores = jnp.concatenate([best[0], scores], axis=1)
-    rows = jnp.concatenate([best[1], rows], axis=1)
-    scores, places = lax.top_k(scores, k)
-    return scores, jnp.take_along_axis(rows, places, axis=1)
+def _merge(best, others, k: int):
+    scores, rows = (jnp.concatenate(pair) for pair in zip(best, others, strict=True))
+    return _best(scores, rows, k)
