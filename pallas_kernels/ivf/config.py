@@ -16,7 +16,7 @@ MAX_BLOCK_KEPT = 128  # 64 registers a thread for what lanes keep; more would sp
 MAX_SMEM_BYTES = 224 << 10
 HALF_SMEM_BYTES = 112 << 10  # two programs a multiprocessor: one computes while the other waits
 KEPT = (2, 4, 8, 16)
-MIN_SHARING = 1.5  # queries a probed list from which sharing its bytes beats dealing out its tiles
+SURVIVOR_COST_BYTES = 400  # bytes scanned in the time that a survivor takes to sort; an estimate
 TYPICAL_SHARE_OF_BOUND = 0.7  # tiles that a query scans, of the tiles of the largest lists
 BUSY_PROGRAMS = 528  # four programs on each of 132 multiprocessors
 
@@ -156,42 +156,55 @@ def kernel_heuristic(
     k: int,
     codes_shape: tuple[int, ...],
 ) -> IvfKernelConfig:
-    """Tiles chosen from shapes alone.
+    """Tiles chosen from shapes alone: of all that fit, those that cost least.
 
-    - Lists are shared if a probed list has at least 1.5 queries on average, were probes random. A
-      program then takes up to 1.5 times as many as that.
-    - Of the ways to keep the winners that a lane can expect and three standard deviations more,
-      the one with the fewest survivors. In lists that are shared, where winners cluster, they are
-      taken to lie in four lists, and two deviations are allowed.
-    - As many tiles in flight as few programs need to keep the memory busy.
+    - The cost of a query is the bytes that it scans, over the queries that share them, and 400 for
+      each survivor: XLA sorts some 10 G keys a second while the memory delivers 4 TB (an estimate).
+    - A lane keeps the winners that it can expect and three standard deviations more. In lists that
+      are shared winners cluster: they are taken to lie in two lists, and two deviations allowed.
+    - Programs are many enough to fill the GPU if they can be; few have more tiles in flight.
     """
     num_rows, width = codes_shape
     full = nprobe == num_lists
+    scanned = num_rows if full else max_tiles * TILE_ROWS * TYPICAL_SHARE_OF_BOUND
+    tiles = num_rows // TILE_ROWS if full else max_tiles
     meeting = _queries_per_list(num_queries, num_lists, nprobe)
-    share = meeting >= MIN_SHARING
-    if share and not full:
-        density, deviations = min(0.5, k * num_lists / (4 * max(num_rows, 1))), 2
-    else:
-        scanned = num_rows if full else max(max_tiles * TILE_ROWS * TYPICAL_SHARE_OF_BOUND, 1)
-        density, deviations = min(1.0, k / max(scanned, 1)), 3
-    widest = next((n for n in BLOCK_QUERIES if n >= 1.5 * meeting), BLOCK_QUERIES[-1])
-    tiles = num_queries * max_tiles / (meeting if share else 1)  # of all programs together
-    candidates = [
-        IvfKernelConfig(block, length, kept, share=share)
-        for block in (BLOCK_QUERIES if share else BLOCK_QUERIES[:1])
+    keep_all = IvfKernelConfig(BLOCK_QUERIES[0], SLOT_TILES[0], SLOT_TILES[0], stages=2)
+    fits_twice = keep_all.smem_bytes(width) <= HALF_SMEM_BYTES
+    smem_limit = HALF_SMEM_BYTES if fits_twice else MAX_SMEM_BYTES
+
+    def sharing(config: IvfKernelConfig) -> float:
+        return max(1.0, min(meeting, config.block_queries / 1.5)) if config.share else 1.0
+
+    def fits(config: IvfKernelConfig) -> bool:
+        clustered = config.share and not full
+        rows = 2 * num_rows / num_lists if clustered else scanned
+        expected = min(1, k / max(rows, 1)) * config.slot_tiles
+        wanted = 1 + expected + (2 if clustered else 3) * expected**0.5
+        programs = num_queries * tiles / config.slot_tiles / sharing(config)
+        return (
+            config.kept >= min(wanted, config.slot_tiles)
+            and config.block_queries * config.kept <= MAX_BLOCK_KEPT
+            and replace(config, stages=2).smem_bytes(width) <= smem_limit
+            and (programs >= BUSY_PROGRAMS or config.slot_tiles == SLOT_TILES[0])
+        )
+
+    def cost(config: IvfKernelConfig) -> float:
+        slots = max_slots(nprobe, tiles, config, strided=full or not config.share)
+        survivors = slots * TILE_ROWS * config.kept
+        return scanned * (width + 4) / sharing(config) + SURVIVOR_COST_BYTES * survivors
+
+    every = [
+        IvfKernelConfig(block, length, kept, 4, share)
+        for block, share in [(BLOCK_QUERIES[0], False), *((n, True) for n in BLOCK_QUERIES)]
         for length in SLOT_TILES
         for kept in KEPT
-        if kept >= 1 + density * length + deviations * (density * length) ** 0.5
-        if block <= widest and block * kept <= MAX_BLOCK_KEPT
-        if length == SLOT_TILES[0] or tiles >= length * BUSY_PROGRAMS
     ]
-    candidates = [c for c in candidates if c.smem_bytes(width) <= HALF_SMEM_BYTES] or [
-        IvfKernelConfig(BLOCK_QUERIES[0], SLOT_TILES[0], SLOT_TILES[0], share=share)
-    ]  # the last resort keeps every row
-    # First few survivors, then many queries a program, then few registers.
-    best = min(candidates, key=lambda c: (c.kept / c.slot_tiles, -c.block_queries, c.kept))
-    stages = 4 if tiles >= best.slot_tiles * BUSY_PROGRAMS else 8
-    while stages > 2 and replace(best, stages=stages).smem_bytes(width) > HALF_SMEM_BYTES:
+    fitting = [config for config in every if fits(config)]
+    best = min(fitting, key=lambda config: (cost(config), config.kept), default=keep_all)
+    few = num_queries * tiles < best.slot_tiles * BUSY_PROGRAMS * sharing(best)
+    stages = 8 if few else 4
+    while stages > 2 and replace(best, stages=stages).smem_bytes(width) > smem_limit:
         stages -= 1
     return replace(best, stages=stages)
 
