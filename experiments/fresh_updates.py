@@ -9,6 +9,7 @@ experiments/results/fresh_updates/.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -52,14 +53,14 @@ def main() -> None:
     for begin in range(0, settings.arriving, settings.update_size):
         ids = np.arange(begin, begin + settings.update_size) + settings.num_items
         vectors = _around(rng, topics[1], len(ids))
-        seconds, index = _timed(lambda v=vectors, i=ids: index.upsert(i, v, _features(rng, len(i))))
+        features = _features(rng, len(ids))
+        seconds, index = _timed(functools.partial(index.upsert, ids, vectors, features))
         upserts.append(seconds * 1e3)
     measurements.append(_measurement("upsert", "stream", upserts[1:]))  # the first compiles
     measurements += _state("all fresh", index, queries, settings)
     for name, recluster in (("old lists", False), ("new lists", True)):
-        seconds, compacted = _timed(
-            lambda again=recluster: index.compact(key=jax.random.key(1), recluster=again)
-        )
+        compact = functools.partial(index.compact, key=jax.random.key(1), recluster=recluster)
+        seconds, compacted = _timed(compact)
         measurements.append(_measurement("compact", name, [seconds]))
         measurements += _state(name, compacted, queries, settings)
     path = record.write(
