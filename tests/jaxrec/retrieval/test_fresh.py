@@ -392,7 +392,7 @@ def test_ten_thousand_mixed_updates_equal_a_new_build(queries):
     index, done, compactions = LiveIndex.build(main, capacity=4 * CAPACITY), 0, 0
     while done < 10_000:
         size = int(rng.integers(1, 64))
-        if index.drift().fill > 0.7:
+        if index.drift().fill > 0.45:
             index, compactions = index.compact(key=jax.random.key(done)), compactions + 1
         index, done = random_update(rng, index, catalogue, size), done + size
         if rng.random() < 0.1:
