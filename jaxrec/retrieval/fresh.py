@@ -63,7 +63,11 @@ class Drift(NamedTuple):
         return self.fill >= fill or self.dead_share >= dead_share
 
     def recluster_due(self, *, spread: float = 1.1, fresh_share: float = 0.3) -> bool:
-        """Whether a merge should also cluster anew, and not only join items to the old lists."""
+        """Whether a merge should also cluster anew, and not only join items to the old lists.
+
+        In `experiments/fresh_updates.py`, where 29 % of the items came around other topics (spread
+        1.96), recall@50 was .50 after a merge into the old lists and .97 after one with new lists.
+        """
         return self.spread >= spread or self.fresh_share >= fresh_share
 
 
