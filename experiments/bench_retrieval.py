@@ -126,7 +126,7 @@ def _search(index, queries, plan):
 
 
 def _faiss_indexes(rows: np.ndarray, lists: int, threads: int) -> dict[str, Any]:
-    import faiss
+    import faiss  # pyright: ignore[reportMissingImports]
 
     faiss.omp_set_num_threads(threads)
     made = {}
@@ -139,7 +139,7 @@ def _faiss_indexes(rows: np.ndarray, lists: int, threads: int) -> dict[str, Any]
 
 
 def _faiss_variants(peers, queries: np.ndarray, passes: np.ndarray) -> dict[str, Variant]:
-    import faiss
+    import faiss  # pyright: ignore[reportMissingImports]
 
     bits = np.packbits(passes, bitorder="little")
     selector = faiss.IDSelectorBitmap(bits)  # pyright: ignore[reportCallIssue]

@@ -66,7 +66,8 @@ def export_retriever(
     Args:
       retriever: stays as it is.
       path: a new folder.
-      k, nprobe, exact, exclude_history, num_candidates: as for a call of the retriever; fixed in the export.
+      k, nprobe, exact, exclude_history, num_candidates: as for a call of the retriever; fixed in
+        the export.
       batch_sizes: numbers of sequences, one program each.
       max_length: items of the longest history; a batch of B has B · max_length token slots.
       max_filter_steps: longest filter program, terms and operators together.

@@ -84,6 +84,8 @@ def test_restored_equals_built(folder, tmp_path):
     for a, b in zip(jax.tree.leaves(first.index), jax.tree.leaves(again.index), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.dtype == b.dtype
+    assert isinstance(again.index, ItemIndex)
+    assert isinstance(first.index, ItemIndex)
     assert again.index.nprobe == first.index.nprobe
     assert again.raw_ids(np.array([[2]], np.int32)) == [["id 2"]]
     second = load_retriever(folder, build_model=build_model)

@@ -11,7 +11,7 @@ from flax import nnx
 from mean_tower import MeanTower
 
 from jaxrec.ops.jagged import JaggedBatch
-from jaxrec.retrieval import IndexState, Retriever
+from jaxrec.retrieval import IndexState, ItemIndex, Retriever
 from jaxrec.retrieval.retriever import history
 
 NUM_ITEMS, WIDTH, K = 1_500, 16, 20
@@ -106,6 +106,7 @@ def test_a_filter_of_mostly_false_positives_still_fills(catalogue, batch):
     model = MeanTower(NUM_ITEMS + 1, WIDTH, rngs=nnx.Rngs(0))
     tags = catalogue["tag"] % 60
     retriever = Retriever.build(model, {"tag": tags}, key=jax.random.key(0))
+    assert isinstance(retriever.index, ItemIndex)
     assert retriever.index.bloom.num_head == 0
     plan = retriever.compile([f"NOT tag IN [{','.join(map(str, range(59)))}]"] * 4)
     possibly = retriever.index.bloom.search(plan)
