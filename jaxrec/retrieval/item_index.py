@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, Key
+from jaxtyping import Array, Float, Int, Int32, Key, UInt32
 
 from jaxrec.retrieval.bloom_index import BloomIndex, FilterLike
 from jaxrec.retrieval.filtered_search import SearchOptions, plan_of, search_eligible
@@ -182,11 +182,8 @@ class ItemIndex:
         Raises:
           ValueError: k or nprobe out of range, or another number of programs than M.
         """
-        shape = queries.shape[:-1]
-        queries, excluded, options = self._checked(queries, plan, exclude, k, nprobe, exact, costs)
-        found = search_eligible(self.ivf, self.bloom, plan, queries, excluded, options)
-        found = with_ids(self.ivf, found)
-        return SearchResult(*(x.reshape(*shape, *x.shape[1:]) for x in found))
+        options = self._options(queries, plan, k, nprobe, exact, costs)
+        return _search(self.ivf, self.bloom, jnp.asarray(queries), plan, exclude, options)
 
     def plan_of(
         self,
@@ -204,13 +201,12 @@ class ItemIndex:
         Where results are lacking, since items found did not pass or the lists held too few, the
         search goes on over all rows.
         """
-        queries, excluded, options = self._checked(queries, plan, exclude, k, nprobe, exact, costs)
-        return plan_of(self.ivf, self.bloom, plan, queries, excluded, options)
+        options = self._options(queries, plan, k, nprobe, exact, costs)
+        return _plan_of(self.ivf, self.bloom, jnp.asarray(queries), plan, exclude, options)
 
-    def _checked(self, queries, plan, exclude, k, nprobe, exact, costs):
-        """(queries [M, H, D], rows excluded, options)."""
+    def _options(self, queries, plan, k, nprobe, exact, costs) -> SearchOptions:
+        """What is asked for, checked against the index."""
         self.check_search(k, nprobe)
-        queries = jnp.asarray(queries)
         if queries.ndim not in (2, 3):
             raise ValueError(f"queries have shape {queries.shape}; expected [M, D] or [M, H, D]")
         if plan.num_queries != queries.shape[0]:
@@ -218,10 +214,7 @@ class ItemIndex:
                 f"the plan has {plan.num_queries} filters for {queries.shape[0]} queries; "
                 "compile one filter for each, or give queries that share one as [filters, H, D]"
             )
-        words = self.ivf.live.shape[0]
-        excluded = None if exclude is None else chosen_rows(self.ivf.rows_of(exclude), words)
-        options = SearchOptions(k, nprobe, exact, self.shares, costs or tuned_costs())
-        return queries.reshape(len(queries), -1, queries.shape[-1]), excluded, options
+        return SearchOptions(k, nprobe, exact, self.shares, costs or tuned_costs())
 
     def gather(self, ids: Int[_Array, "*shape"]) -> dict[str, Array]:
         """The columns' values for these items, [*shape, ...] each; zeros for ids not held."""
@@ -274,6 +267,26 @@ class ItemIndex:
             score=score,
             code_score=code_score,
         )
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _search(ivf, bloom, queries, plan, exclude, options: SearchOptions) -> SearchResult:
+    by_filter, excluded = _by_filter(queries), _excluded(ivf, exclude)
+    found = with_ids(ivf, search_eligible(ivf, bloom, plan, by_filter, excluded, options))
+    return SearchResult(*(x.reshape(*queries.shape[:-1], *x.shape[1:]) for x in found))
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _plan_of(ivf, bloom, queries, plan, exclude, options: SearchOptions) -> SearchPlan:
+    return plan_of(ivf, bloom, plan, _by_filter(queries), _excluded(ivf, exclude), options)
+
+
+def _by_filter(queries: Float[Array, "M *heads D"]) -> Float[Array, "M H D"]:
+    return queries.reshape(queries.shape[0], -1, queries.shape[-1])
+
+
+def _excluded(ivf: IVFIndex, exclude) -> UInt32[Array, "M words"] | None:
+    return None if exclude is None else chosen_rows(ivf.rows_of(exclude), ivf.live.shape[0])
 
 
 def positions_of(

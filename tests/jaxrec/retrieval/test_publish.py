@@ -13,7 +13,13 @@ from flax import nnx
 from mean_tower import MeanTower
 
 from jaxrec.ops.jagged import JaggedBatch
-from jaxrec.retrieval import PublishError, load_retriever, publish, save_retriever
+from jaxrec.retrieval import (
+    ItemIndex,
+    PublishError,
+    load_retriever,
+    publish,
+    save_retriever,
+)
 
 # Where one array cannot be read, Orbax leaves the reads of the others behind: they end after its
 # event loop is closed, and are reported in whatever test comes next.
