@@ -63,7 +63,7 @@ def moe_ffn(
           "x"            2D + 8K           gate and up are computed anew, 4KDH FLOPs more
 
         (f32 doubles D and KH terms but those of fp8; "silu" has no gate: half the H terms and, in
-        fp8, of the scales.) "x" and "gate_up" give the same gradients, bit for bit.
+        fp8, of the scales.) "x" and "gate_up" give the same gradients but for rounding.
       chunk_tokens: tokens whose gathered rows exist at once, in a kernel; the XLA backend gathers
         one tile at a time whatever it is.
       backend: "xla", or None for the best supported; a name never falls back.

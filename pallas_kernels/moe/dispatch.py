@@ -10,7 +10,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Int, Int32
 
 SORT_FREE_EXPERTS = 256
 """Most experts for which ranks are counted; beyond, sorting costs less than a row of counters."""
@@ -132,7 +132,7 @@ def _by_count(group: Int32[jax.Array, "N"], num_groups: int) -> tuple[jax.Array,
     padded = jnp.pad(group, (0, num_blocks * _BLOCK - group.size), constant_values=num_groups)
     before = jnp.tril(jnp.ones((_BLOCK, _BLOCK), jnp.float32), -1)
 
-    def block(counts: Float32[jax.Array, "G"], members: Int32[jax.Array, "B"]):
+    def block(counts: Int32[jax.Array, "G"], members: Int32[jax.Array, "B"]):
         # One-hot rows times a triangle count the earlier members of each group, exactly in f32.
         chosen = jax.nn.one_hot(members, num_groups, dtype=jnp.float32)
         earlier = jnp.dot(before, chosen, precision=lax.Precision.HIGHEST)
