@@ -138,14 +138,18 @@ class MoELayer(nnx.Module):
         self.config = config
         width, experts = config.width, config.num_experts
         self.router = Linear(width, experts, rngs=rngs, bias=False, std=width**-0.5)
-        self.spread = Linear(width, experts, rngs=rngs, bias=False, std=0) if config.noise else None
+        self.spread = (
+            Linear(width, experts, rngs=rngs, bias=False, std=0.0) if config.noise else None
+        )
         self.experts = Experts(config, rngs=rngs)
         self.expert_bias = ExpertBias(jnp.zeros(experts)) if config.bias_rate else nnx.data(None)
-        self.shared_up = self.shared_down = None
-        if config.shared_hidden:
-            hidden = config.shared_hidden
-            self.shared_up = Linear(width, 2 * hidden, rngs=rngs, bias=False, std=width**-0.5)
-            self.shared_down = Linear(hidden, width, rngs=rngs, bias=False, std=hidden**-0.5)
+        shared = config.shared_hidden
+        self.shared_up = (
+            Linear(width, 2 * shared, rngs=rngs, bias=False, std=width**-0.5) if shared else None
+        )
+        self.shared_down = (
+            Linear(shared, width, rngs=rngs, bias=False, std=shared**-0.5) if shared else None
+        )
 
     def __call__(
         self,

@@ -58,16 +58,15 @@ def expected(
     case: dict[str, Any], dy: np.ndarray, activation: str = "swiglu"
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(y, gradients of Σ y·dy) in float64."""
-    wide = {k: None if v is None else np.asarray(v, np.float64) for k, v in case.items()}
+    wide: dict[str, Any] = {
+        k: None if v is None else np.asarray(v, np.float64) for k, v in case.items()
+    }
     x, gates, dy = wide["x"], wide["gates"], dy.astype(np.float64)
-    assert x is not None
-    assert gates is not None
     grads = {k: np.zeros_like(wide[k]) for k in DIFFERENTIABLE if wide[k] is not None}
     y = np.zeros_like(x)
 
-    def part(name, expert):
-        value = wide[name]
-        return 0 if value is None else value[expert]
+    def part(name, expert) -> np.ndarray:
+        return np.zeros(1) if wide[name] is None else wide[name][expert]
 
     for expert in range(len(case["w_up"])):
         tokens, slots = np.nonzero(case["expert_ids"] == expert)
@@ -75,6 +74,7 @@ def expected(
         up = rows @ part("w_up", expert) + part("b_up", expert)
         if wide["w_gate"] is None:
             hidden, slope = _nonlinear("silu", up)
+            value = None
         else:
             gate = rows @ part("w_gate", expert) + part("b_gate", expert)
             value, slope = _nonlinear(activation, gate)
@@ -84,7 +84,7 @@ def expected(
         grads["gates"][tokens, slots] = (out * outer).sum(1)
         d_hidden = (weight * outer) @ part("w_down", expert).T
         own = {"w_down": hidden.T @ (weight * outer), "b_down": (weight * outer).sum(0)}
-        if wide["w_gate"] is None:
+        if value is None:
             d_up = d_hidden * slope
         else:
             d_up, d_gate = d_hidden * value, d_hidden * up * slope

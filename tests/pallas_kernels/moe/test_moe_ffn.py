@@ -196,15 +196,17 @@ def test_finite_differences_through_everything():
 @pytest.mark.parametrize("save", SAVES)
 def test_what_is_kept_is_what_the_formula_says_to_the_byte(save, activation, bias, dtype):
     tokens, width, hidden, slots = 64, 32, 24, 2
-    case = cases.inputs(15, tokens, width, hidden, 8, slots, bias=bias, gated=activation != "silu")
-    cast = {
+    case: Any = cases.inputs(
+        15, tokens, width, hidden, 8, slots, bias=bias, gated=activation != "silu"
+    )
+    cast: Any = {
         k: None if v is None else jnp.asarray(v, dtype if k == "x" else v.dtype)
         for k, v in case.items()
     }
-    learned = {k: cast[k] for k in DIFFERENTIABLE if cast[k] is not None}
+    learned: Any = {k: cast[k] for k in DIFFERENTIABLE if cast[k] is not None}
 
     def run(learned):
-        others = {k: None for k in DIFFERENTIABLE if k not in learned}
+        others: Any = {k: None for k in DIFFERENTIABLE if k not in learned}
         return moe_ffn(
             expert_ids=cast["expert_ids"], **learned, **others, activation=activation, save=save
         )
