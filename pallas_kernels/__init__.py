@@ -8,6 +8,8 @@ from pallas_kernels.hstu_attention import hstu_attention
 from pallas_kernels.ivf import MAX_K as IVF_MAX_K
 from pallas_kernels.ivf import TILE_ROWS as IVF_TILE_ROWS
 from pallas_kernels.ivf import IvfTopK, ivf_search, probed_tiles_bound, quantise, rescore
+from pallas_kernels.moe import Dispatch, moe_dispatch, moe_ffn
+from pallas_kernels.moe import saved_bytes as moe_saved_bytes
 from pallas_kernels.softmax_attention import softmax_attention
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "BackendError",
     "BloomMasks",
     "BloomOp",
+    "Dispatch",
     "IvfTopK",
     "bloom_build",
     "bloom_row_hashes",
@@ -26,6 +29,9 @@ __all__ = [
     "hstu_attention",
     "ivf_search",
     "mix64",
+    "moe_dispatch",
+    "moe_ffn",
+    "moe_saved_bytes",
     "probed_tiles_bound",
     "quantise",
     "rescore",

@@ -1,0 +1,221 @@
+"""A mixture-of-experts feed-forward layer."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from jaxrec.nn.checks import check_at_least, check_choice
+from jaxrec.nn.layers import Linear
+from jaxrec.ops import routing as ops
+from jaxrec.ops.routing import RouterStats
+from pallas_kernels import moe_ffn
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Shape of a `MoELayer`, and how its router is kept balanced.
+
+    Attributes:
+      width: of tokens, in and out.
+      num_experts, hidden, slots: E experts of this hidden width, of which each token uses `slots`.
+      shared_hidden: hidden width of an expert that every token uses besides; 0 for none.
+      activation, save, chunk_tokens: see `pallas_kernels.moe_ffn`.
+      bias: gives projections biases.
+      scoring, normalise, groups, top_groups: see `jaxrec.ops.routing.route`.
+      noise: learns how much noise the router adds to its logits in training.
+      capacity_factor: drops pairs over factor · T · slots / E of an expert; None drops none.
+      balance_weight, sequence_weight, cv_weight, z_weight: of the losses `load_balancing_loss`,
+        `sequence_balancing_loss`, `cv_squared` of importance, and `router_z_loss`.
+      bias_rate: step of `updated_bias`; 0 leaves the choice to the scores alone.
+    """
+
+    width: int
+    num_experts: int
+    hidden: int
+    slots: int = 2
+    shared_hidden: int = 0
+    activation: Literal["swiglu", "geglu", "silu"] = "swiglu"
+    save: Literal["gate_up", "gate_up_fp8", "x"] = "gate_up"
+    chunk_tokens: int | None = None
+    bias: bool = False
+    scoring: ops.Scoring = "softmax"
+    normalise: ops.Normalise = "selected"
+    groups: int = 1
+    top_groups: int = 1
+    noise: bool = False
+    capacity_factor: float | None = None
+    balance_weight: float = 0.01
+    sequence_weight: float = 0.0
+    cv_weight: float = 0.0
+    z_weight: float = 0.001
+    bias_rate: float = 0.0
+
+    def __post_init__(self):
+        check_at_least(self, width=1, num_experts=1, hidden=1, slots=1, shared_hidden=0)
+        check_choice(self, "activation", ("swiglu", "geglu", "silu"))
+        check_choice(self, "save", ("gate_up", "gate_up_fp8", "x"))
+        for name in ("balance_weight", "sequence_weight", "cv_weight", "z_weight", "bias_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"MoEConfig.{name} is {getattr(self, name)}; expected 0 or more")
+        if self.capacity_factor is not None and not self.capacity_factor > 0:
+            raise ValueError(
+                f"MoEConfig.capacity_factor is {self.capacity_factor}; expected above 0, or None"
+            )
+        # Tried out on no tokens, so that every mistake surfaces here and not in training.
+        logits = jax.ShapeDtypeStruct((0, self.num_experts), jnp.float32)
+        jax.eval_shape(lambda x: ops.route(x, **self.routing), logits)
+
+    @property
+    def routing(self) -> dict:
+        """Arguments of `route`."""
+        names = ("slots", "scoring", "normalise", "groups", "top_groups")
+        return {name: getattr(self, name) for name in names}
+
+
+class ExpertBias(nnx.Variable):
+    """The router's bias for its choice: state that `updated_bias` moves, not an optimizer."""
+
+
+class MoEReport(NamedTuple):
+    """What a layer's call tells besides its output.
+
+    Attributes:
+      loss: weighted sum of the balancing losses, to be added to the training loss; f32.
+      stats: see `RouterStats`.
+    """
+
+    loss: Float32[Array, ""]
+    stats: RouterStats
+
+
+class Experts(nnx.Module):
+    """Weights of E gated feed-forward networks; f32."""
+
+    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        experts, width, hidden = config.num_experts, config.width, config.hidden
+        gated = config.activation != "silu"
+
+        def matrix(fan_in, fan_out):
+            shape = (experts, fan_in, fan_out)
+            return nnx.Param(fan_in**-0.5 * jax.random.normal(rngs.params(), shape))
+
+        def zeros(size, wanted):
+            return nnx.Param(jnp.zeros((experts, size))) if wanted else nnx.data(None)
+
+        self.w_gate = matrix(width, hidden) if gated else nnx.data(None)
+        self.w_up, self.w_down = matrix(width, hidden), matrix(hidden, width)
+        self.b_gate = zeros(hidden, config.bias and gated)
+        self.b_up, self.b_down = zeros(hidden, config.bias), zeros(width, config.bias)
+
+    def __call__(
+        self, x: Float[Array, "T D"], expert_ids: Int[Array, "T K"], gates: Float[Array, "T K"]
+    ) -> Float[Array, "T D"]:
+        """See `pallas_kernels.moe_ffn`."""
+        config = self.config
+        biases = {
+            name: None if (value := getattr(self, name)) is None else value[...]
+            for name in ("b_gate", "b_up", "b_down")
+        }
+        return moe_ffn(
+            x, expert_ids, gates, None if self.w_gate is None else self.w_gate[...],
+            self.w_up[...], self.w_down[...], **biases, activation=config.activation,
+            save=config.save, chunk_tokens=config.chunk_tokens,
+        )  # fmt: skip
+
+
+class MoELayer(nnx.Module):
+    """A router and its experts in place of a feed-forward network. No token is dropped by default.
+
+    The router works in f32, the experts in the dtype of x.
+    """
+
+    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, experts = config.width, config.num_experts
+        self.router = Linear(width, experts, rngs=rngs, bias=False, std=width**-0.5)
+        self.spread = (
+            Linear(width, experts, rngs=rngs, bias=False, std=0.0) if config.noise else None
+        )
+        self.experts = Experts(config, rngs=rngs)
+        self.expert_bias = ExpertBias(jnp.zeros(experts)) if config.bias_rate else nnx.data(None)
+        shared = config.shared_hidden
+        self.shared_up = (
+            Linear(width, 2 * shared, rngs=rngs, bias=False, std=width**-0.5) if shared else None
+        )
+        self.shared_down = (
+            Linear(shared, width, rngs=rngs, bias=False, std=shared**-0.5) if shared else None
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        *,
+        valid: Bool[Array, "T"] | None = None,
+        segment_ids: Int[Array, "T"] | None = None,
+        num_sequences: int = 0,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "T D"], MoEReport]:
+        """(output, report) for every token; zeros for padding.
+
+        Args:
+          valid: False for padding, which goes to no expert.
+          segment_ids, num_sequences: see `sequence_balancing_loss`, which needs them.
+          key: draws the router's noise; None (serving) adds none.
+
+        Raises:
+          ValueError: sequence_weight is set and segment_ids are missing.
+        """
+        config = self.config
+        logits = self._logits(x, key)
+        bias = None if self.expert_bias is None else self.expert_bias[...]
+        routing = ops.route(logits, bias=bias, valid=valid, **config.routing)
+        loss = self._loss(logits, routing, valid, segment_ids, num_sequences)
+        ids, gates, dropped = routing.expert_ids, routing.gates, 0
+        if config.capacity_factor is not None:
+            share = config.capacity_factor * x.shape[0] * config.slots / config.num_experts
+            ids, gates, dropped = ops.within_capacity(
+                ids, gates, num_experts=config.num_experts, capacity=max(1, round(share))
+            )
+        out = self._add_shared(x, self.experts(x, ids, gates), valid)
+        return out, MoEReport(loss, ops.router_stats(routing, dropped))
+
+    def update_bias(self, load: Int[Array, "E"]) -> None:
+        """Moves the router's bias against this load (of one step, or summed over devices)."""
+        if self.expert_bias is not None:
+            moved = ops.updated_bias(self.expert_bias[...], load, rate=self.config.bias_rate)
+            self.expert_bias[...] = moved
+
+    def _logits(self, x: Array, key: jax.Array | None) -> Array:
+        x32 = x.astype(jnp.float32)
+        logits = self.router(x32)
+        if self.spread is None or key is None:
+            return logits
+        return ops.noisy(logits, self.spread(x32), key)
+
+    def _add_shared(self, x: Array, out: Array, valid: Array | None) -> Array:
+        if self.shared_up is None or self.shared_down is None:
+            return out
+        gate, up = jnp.split(self.shared_up(x), 2, axis=-1)
+        shared = self.shared_down(jax.nn.silu(gate) * up)
+        return out + (shared if valid is None else jnp.where(valid[:, None], shared, 0))
+
+    def _loss(self, logits, routing, valid, segment_ids, num_sequences) -> Array:
+        config = self.config
+        loss = jnp.zeros((), jnp.float32)
+        if config.balance_weight:
+            loss += config.balance_weight * ops.load_balancing_loss(routing)
+        if config.cv_weight:
+            loss += config.cv_weight * ops.cv_squared(ops.importance(routing))
+        if config.z_weight:
+            loss += config.z_weight * ops.router_z_loss(logits, valid)
+        if config.sequence_weight:
+            if segment_ids is None:
+                raise ValueError("sequence_weight is set: pass segment_ids and num_sequences")
+            per_sequence = ops.sequence_balancing_loss(routing, segment_ids, num_sequences)
+            loss += config.sequence_weight * per_sequence
+        return loss

@@ -1,0 +1,46 @@
+"""What stands between the two matrix products of an expert, and its gradient; in f32."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+type Activation = Literal["swiglu", "geglu", "silu"]
+
+ACTIVATIONS = ("swiglu", "geglu", "silu")
+_GELU_SLOPE = (2 / jnp.pi) ** 0.5
+
+
+def is_gated(activation: Activation) -> bool:
+    """Whether there is a gate beside the up projection."""
+    return activation != "silu"
+
+
+def activate(activation: Activation, gate: jax.Array | None, up: jax.Array) -> jax.Array:
+    """f(gate) · up, or silu(up) where there is no gate; f32."""
+    up = up.astype(jnp.float32)
+    if gate is None:
+        return jax.nn.silu(up)
+    return _nonlinear(activation, gate.astype(jnp.float32))[0] * up
+
+
+def activate_gradient(
+    activation: Activation, gate: jax.Array | None, up: jax.Array, d_hidden: jax.Array
+) -> tuple[jax.Array | None, jax.Array]:
+    """(d_gate, d_up) from the gradient of `activate`'s result; f32."""
+    up = up.astype(jnp.float32)
+    if gate is None:
+        return None, d_hidden * _nonlinear("swiglu", up)[1]
+    value, slope = _nonlinear(activation, gate.astype(jnp.float32))
+    return d_hidden * up * slope, d_hidden * value
+
+
+def _nonlinear(activation: Activation, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(f(x), f'(x)): SiLU, or the tanh form of GELU."""
+    if activation == "geglu":
+        inner = _GELU_SLOPE * (x + 0.044715 * x**3)
+        tanh = jnp.tanh(inner)
+        slope = _GELU_SLOPE * (1 + 3 * 0.044715 * x**2)
+        return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * slope
+    sigmoid = jax.nn.sigmoid(x)
+    return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))

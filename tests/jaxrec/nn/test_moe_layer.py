@@ -1,0 +1,154 @@
+"""The layer is its router, its experts and its shared expert, and nothing else."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jaxrec.functional import split_params
+from jaxrec.nn import MoEConfig, MoELayer
+from jaxrec.ops import routing as ops
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((30, 8)), jnp.float32)
+
+
+def layer(**options: Any) -> MoELayer:
+    sizes: dict[str, Any] = {"width": 8, "num_experts": 4, "hidden": 6}
+    config = MoEConfig(**sizes | options)
+    return MoELayer(config, rngs=nnx.Rngs(0))
+
+
+def test_equals_its_formula():
+    moe = layer(shared_hidden=5)
+    out, report = moe(X)
+    logits = X @ moe.router.kernel[...]
+    found = ops.route(logits, slots=2)
+    experts, wanted = moe.experts, np.zeros((30, 8))
+    assert experts.w_gate is not None
+    for token in range(30):
+        for expert, gate in zip(found.expert_ids[token], found.gates[token], strict=True):
+            hidden = jax.nn.silu(X[token] @ experts.w_gate[...][expert])
+            hidden = hidden * (X[token] @ experts.w_up[...][expert])
+            wanted[token] += gate * (hidden @ experts.w_down[...][expert])
+    assert moe.shared_up is not None
+    assert moe.shared_down is not None
+    gate, up = jnp.split(X @ moe.shared_up.kernel[...], 2, axis=1)
+    wanted += (jax.nn.silu(gate) * up) @ moe.shared_down.kernel[...]
+    np.testing.assert_allclose(out, wanted, atol=1e-5)
+    loss = 0.01 * ops.load_balancing_loss(found) + 0.001 * ops.router_z_loss(logits)
+    assert float(report.loss) == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "silu"])
+def test_every_parameter_learns(activation):
+    moe = layer(
+        activation=activation, bias=True, shared_hidden=5, noise=True, cv_weight=0.1,
+        sequence_weight=0.1,
+    )  # fmt: skip
+    rebuild, params = split_params(moe)
+
+    def loss(params):
+        out, report = rebuild(params)(
+            X, segment_ids=jnp.arange(30) // 10, num_sequences=3, key=jax.random.key(1)
+        )
+        return (out**2).sum() + report.loss
+
+    for path, grad in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params)):
+        assert float(jnp.abs(grad).max()) > 0, path
+
+
+def test_padding_gives_zeros_and_no_gradient():
+    moe = layer(shared_hidden=5)
+    valid = jnp.arange(30) < 20
+    out, report = moe(X, valid=valid)
+    alone, alone_report = moe(X[:20])
+    np.testing.assert_allclose(out[:20], alone, atol=1e-6)
+    assert not np.asarray(out[20:]).any()
+    assert float(report.loss) == pytest.approx(float(alone_report.loss), rel=1e-5)
+    assert int(report.stats.load.sum()) == 40
+
+
+def test_bias_balances_without_a_loss():
+    moe = layer(balance_weight=0.0, z_weight=0.0, bias_rate=0.01, scoring="sigmoid")
+    x = X.at[:, 0].set(1)
+    moe.router.kernel[...] = moe.router.kernel[...].at[0, 0].add(2)
+    report = nnx.jit(lambda moe: moe(x)[1])
+    first = report(moe)
+    for _ in range(60):
+        moe.update_bias(report(moe).stats.load)
+    last = report(moe)
+    assert float(last.stats.max_over_mean) < 0.8 * float(first.stats.max_over_mean)
+    assert float(last.loss) == 0
+    assert "expert_bias" not in str(jax.tree.structure(split_params(moe)[1]))
+
+
+def test_capacity_drops_and_says_so():
+    free, bound = layer(), layer(capacity_factor=0.5)
+    assert int(free(X)[1].stats.dropped) == 0
+    out, report = bound(X)
+    assert int(report.stats.dropped) >= 60 - 4 * round(0.5 * 30 * 2 / 4)
+    assert np.isfinite(out).all()
+
+
+def test_noise_only_with_a_key():
+    moe = layer(noise=True)
+    np.testing.assert_array_equal(moe(X)[0], moe(X)[0])
+    one, other = (moe(X, key=jax.random.key(i))[0] for i in range(2))
+    assert not np.array_equal(one, other)
+
+
+def test_computes_in_the_dtype_of_its_input():
+    out, report = layer(shared_hidden=5)(X.astype(jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16
+    assert report.loss.dtype == jnp.float32
+
+
+def test_learns_a_function_of_regions():
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((256, 8)), jnp.float32)
+    wanted = jnp.where(x[:, :1] > 0, x @ rng.standard_normal((8, 8)), -x)
+    rebuild, params = split_params(layer(hidden=16))
+    optimizer = optax.adam(1e-2)
+
+    def loss(params):
+        out, report = rebuild(params)(x)
+        return ((out - wanted) ** 2).mean() + report.loss
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, value
+
+    state, values = optimizer.init(params), []
+    for _ in range(150):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert values[-1] < 0.2 * values[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots": 5}, "slots is 5; expected 1 to 4"),
+        ({"hidden": 0}, "MoEConfig.hidden is 0"),
+        ({"activation": "relu"}, "MoEConfig.activation is 'relu'"),
+        ({"save": "none"}, "MoEConfig.save is 'none'"),
+        ({"z_weight": -1.0}, "MoEConfig.z_weight is -1.0"),
+        ({"capacity_factor": 0.0}, "capacity_factor is 0.0"),
+    ],
+)
+def test_configurations_that_cannot_be(options, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        layer(**options)
+
+
+def test_missing_segments_are_asked_for():
+    with pytest.raises(ValueError, match="pass segment_ids"):
+        layer(sequence_weight=0.1)(X)

@@ -1,0 +1,120 @@
+"""The routing structures equal those of a stable sort, however they are built."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import moe_cases as cases
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import moe_dispatch
+from pallas_kernels.moe.dispatch import group_tiles
+
+
+def naive(ids, num_experts):
+    flat = ids.reshape(-1)
+    routed = np.flatnonzero((flat >= 0) & (flat < num_experts))
+    order = routed[np.argsort(flat[routed], kind="stable")]
+    indices, places = np.full(flat.size, -1), np.full(flat.size, -1)
+    indices[: len(order)] = order // ids.shape[1]
+    places[order] = np.arange(len(order))
+    offsets = np.searchsorted(flat[order], np.arange(num_experts + 1))
+    return indices, offsets, flat, places.reshape(ids.shape)
+
+
+dispatch: Any = jax.jit(moe_dispatch, static_argnames=("num_experts", "method"))
+
+
+def check(ids, num_experts, method):
+    actual = dispatch(jnp.asarray(ids), num_experts=num_experts, method=method)
+    for mine, theirs in zip(actual, naive(ids, num_experts), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("method", ["count", "sort"])
+def test_published_example(method):
+    ids = np.array([[2, 3], [0, 1], [0, 3], [1, 2], [0, 3]])
+    found = moe_dispatch(ids, num_experts=4, method=method)
+    np.testing.assert_array_equal(found.expert_token_indices, [1, 2, 4, 1, 3, 0, 3, 0, 2, 4])
+    np.testing.assert_array_equal(found.expert_token_offsets, [0, 3, 5, 7, 10])
+    np.testing.assert_array_equal(found.token_index_map[0], [5, 7])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([0, 1, 37, 130]),
+    st.sampled_from([1, 3]),
+    st.just(7),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+def test_equals_a_stable_sort(tokens, slots, num_experts, padded, seed):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(-1 if padded else 0, num_experts + padded, (tokens, slots)).astype(np.int32)
+    check(ids, num_experts, "count")
+    check(ids, num_experts, "sort")
+
+
+@pytest.mark.parametrize("num_experts", [1, 4, 72, 256, 1920])
+@pytest.mark.parametrize("pairs", [1, 63, 64, 65, 3001])
+def test_sizes(pairs, num_experts):
+    ids = np.random.default_rng(pairs).zipf(1.3, (pairs, 1)) % num_experts
+    check(ids.astype(np.int32), num_experts, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pairs", "num_experts"), [(2_097_152, 64), (100_003, 50_000)])
+def test_large_sizes(pairs, num_experts):
+    ids = np.random.default_rng(0).integers(0, num_experts, (pairs // 2, 2)).astype(np.int32)
+    check(ids, num_experts, None)
+
+
+def test_counting_is_chosen_for_few_experts_and_sorts_nothing():
+    def text(num_experts):
+        ids = jax.ShapeDtypeStruct((1000, 2), jnp.int32)
+        lowered = jax.jit(lambda i: moe_dispatch(i, num_experts=num_experts)).lower(ids)
+        return lowered.as_text()
+
+    assert "sort" not in text(256).replace("indices_are_sorted", "")
+    assert "stablehlo.sort" in text(257)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=4, max_size=4), st.sampled_from([1, 5]))
+def test_tiles_cover_every_pair_once_within_one_expert(counts, tile_rows):
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    tiles = group_tiles(jnp.asarray(offsets), 80, tile_rows)
+    pairs = [
+        (expert, pair)
+        for expert, start, size in zip(*map(np.asarray, tiles[:3]), strict=True)
+        for pair in range(start, start + size)
+    ]
+    assert pairs == [
+        (e, p) for e, c in enumerate(counts) for p in range(offsets[e], offsets[e] + c)
+    ]
+    assert int(tiles.used) == int((np.asarray(tiles.size) > 0).sum())
+
+
+def test_checked_ids_are_named():
+    ids = cases.distinct_experts(np.random.default_rng(0), 5, 2, 4)
+    moe_dispatch(ids, num_experts=4, checked=True)
+    ids[3, 1] = 4
+    with pytest.raises(ValueError, match=r"slot 1 of token 3 names expert 4; expected 0 to 3"):
+        moe_dispatch(ids, num_experts=4, checked=True)
+    with pytest.raises(ValueError, match="outside jit"):
+        jax.jit(lambda i: moe_dispatch(i, num_experts=4, checked=True))(ids)
+
+
+def test_errors(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    ids = np.zeros((3, 2), np.int32)
+    with pytest.raises(ValueError, match="2 experts a token, but only 1 exist"):
+        moe_dispatch(ids, num_experts=1)
+    with pytest.raises(ValueError, match="num_experts is 0"):
+        moe_dispatch(ids, num_experts=0)
+    with pytest.raises(ValueError, match="method is 'radix'"):
+        moe_dispatch(ids, num_experts=3, method="radix")  # type: ignore[arg-type]
