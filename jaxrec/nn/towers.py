@@ -74,6 +74,7 @@ class TwoStageConfig:
 
     towers: Any
     overarch: Any
+    heads: Any = None
 
     @property
     def max_len(self) -> int:
@@ -90,19 +91,24 @@ class TwoStage(nnx.Module):
     Args:
       towers: a model with `config`, `encode` and `item_embeddings`, such as `SASRec`.
       overarch: such as `MixtureOfLogits`; of the towers' width.
+      heads: `TaskHeads` for several queries a user; of the towers' width. `jaxrec.train` has no
+        loss for them: they are trained by a loss of yours on `heads(hidden)`.
 
     Raises:
       ValueError: the widths differ.
     """
 
-    def __init__(self, towers: Any, overarch: Any):
-        if towers.config.width != overarch.config.width:
-            raise ValueError(
-                f"the towers' width is {towers.config.width}, the over-arch's "
-                f"{overarch.config.width}; give both the same"
-            )
-        self.config = TwoStageConfig(towers.config, overarch.config)
+    def __init__(self, towers: Any, overarch: Any, heads: TaskHeads | None = None):
+        for name, part in (("over-arch", overarch), ("heads", heads)):
+            if part is not None and towers.config.width != part.config.width:
+                raise ValueError(
+                    f"the towers' width is {towers.config.width}, the {name}'s "
+                    f"{part.config.width}; give both the same"
+                )
+        own = None if heads is None else heads.config
+        self.config = TwoStageConfig(towers.config, overarch.config, own)
         self.towers, self.overarch = towers, overarch
+        self.heads = nnx.data(None) if heads is None else heads
 
     def encode(self, batch: JaggedBatch, *, key: jax.Array | None = None) -> Float[Array, "T D"]:
         """The towers' hidden states."""

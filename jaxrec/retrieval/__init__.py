@@ -12,6 +12,7 @@ from jaxrec.retrieval.item_index import Explanation, ItemIndex
 from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
 from jaxrec.retrieval.live_server import LiveServer
 from jaxrec.retrieval.masks import spread_tiles, unpack_mask
+from jaxrec.retrieval.merge import Candidates, Quota, merge_candidates
 from jaxrec.retrieval.plan import FilterPlan
 from jaxrec.retrieval.planner import CostModel, SearchPlan, Strategy
 from jaxrec.retrieval.quality import brute_force, recall
@@ -20,13 +21,15 @@ from jaxrec.retrieval.sharded import ShardedIndex
 
 try:
     from jaxrec.retrieval.publish import PublishError, load_retriever, publish, save_retriever
-    from jaxrec.retrieval.retriever import IndexState, Retriever
+    from jaxrec.retrieval.ranking import component_columns
+    from jaxrec.retrieval.retriever import IndexState, RankExplanation, Retriever
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] not in {"flax", "orbax"}:
         raise
 
 __all__ = [
     "BloomIndex",
+    "Candidates",
     "CostModel",
     "Drift",
     "Explanation",
@@ -41,6 +44,8 @@ __all__ = [
     "LiveIndex",
     "LiveServer",
     "PublishError",
+    "Quota",
+    "RankExplanation",
     "Retriever",
     "SearchIndex",
     "SearchPlan",
@@ -48,7 +53,9 @@ __all__ = [
     "ShardedIndex",
     "Strategy",
     "brute_force",
+    "component_columns",
     "load_retriever",
+    "merge_candidates",
     "parse_filter",
     "publish",
     "recall",

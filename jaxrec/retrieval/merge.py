@@ -6,6 +6,7 @@ tasks, k results a task, K0 candidates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -39,7 +40,7 @@ def merge_candidates(
         tasks need not be comparable.
       policy: "union" takes every task's best, then every task's second best, and so on;
         "intersection" only items that all tasks found, in the same order; "quota" gives the tasks
-        equal shares (`quota` other ones); or a `Policy` of your own.
+        equal shares (`Quota` other ones); or a `Policy` of your own.
       num_candidates: K0 (static); None keeps all, T·k.
 
     Raises:
@@ -70,32 +71,36 @@ def merge_candidates(
     return Candidates(jnp.where(valid, found, -1), valid)
 
 
-def quota(shares: Sequence[float | int]) -> Policy:
+@dataclass(frozen=True)
+class Quota:
     """A policy that keeps a share of the candidates for each task.
 
     A task's best share·K0 results are in; slots that stay free, because tasks found the same items
     or too few, go to the other results as in "union".
 
-    Args:
+    Attributes:
       shares: one a task, none negative; their sum counts as 1. Slots are rounded by largest
         remainder.
 
     Raises:
       ValueError: a negative share, or none above 0; when merging, another number than tasks.
     """
-    if not shares or min(shares) < 0 or not sum(shares) > 0:
-        raise ValueError(f"the shares are {tuple(shares)}; expected numbers from 0, some above 0")
 
-    def prefer(ids: jax.Array, scores: jax.Array, num_candidates: int) -> jax.Array:
+    shares: tuple[float | int, ...]
+
+    def __post_init__(self):
+        if not self.shares or min(self.shares) < 0 or not sum(self.shares) > 0:
+            raise ValueError(f"the shares are {self.shares}; expected numbers from 0, some above 0")
+
+    def __call__(self, ids: jax.Array, scores: jax.Array, num_candidates: int) -> jax.Array:
+        """Preferences of the results; see `Policy`."""
         num_tasks, k = ids.shape[1:]
-        if len(shares) != num_tasks:
-            raise ValueError(f"there are {len(shares)} shares for {num_tasks} tasks")
-        slots = jnp.asarray(quota_slots(shares, num_candidates))
+        if len(self.shares) != num_tasks:
+            raise ValueError(f"there are {len(self.shares)} shares for {num_tasks} tasks")
+        slots = jnp.asarray(quota_slots(self.shares, num_candidates))
         inside = jnp.arange(k) < slots[:, None]
         preference = _round_robin(ids) + jnp.where(inside, num_tasks * k, 0)
         return jnp.broadcast_to(preference, ids.shape)
-
-    return prefer
 
 
 def quota_slots(shares: Sequence[float | int], num_candidates: int) -> list[int]:
@@ -133,7 +138,7 @@ def _intersection(ids: jax.Array, scores: jax.Array, num_candidates: int) -> jax
 
 
 def _equal_quota(ids: jax.Array, scores: jax.Array, num_candidates: int) -> jax.Array:
-    return quota([1.0] * ids.shape[1])(ids, scores, num_candidates)
+    return Quota((1.0,) * ids.shape[1])(ids, scores, num_candidates)
 
 
 POLICIES: Mapping[str, Policy] = {

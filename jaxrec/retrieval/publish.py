@@ -2,7 +2,8 @@
 
     <folder>/<version>/tower        weights, all variables but random state
     <folder>/<version>/index        index tensors and the term catalogue
-    <folder>/<version>/metadata     model config, static index fields, content hashes (JSON)
+    <folder>/<version>/metadata     model config, static index fields, value model, merge policy,
+                                    content hashes (JSON)
     <folder>/<version>/vocabulary   raw item ids (JSON)
 
 A version appears in one rename, complete or not at all. Loading rebuilds nothing.
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -22,10 +23,12 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from jaxrec.nn import ValueModel
 from jaxrec.orbax_log import hushed_orbax
 from jaxrec.retrieval.bloom_index import BloomIndex
 from jaxrec.retrieval.item_index import ItemIndex
 from jaxrec.retrieval.ivf_index import IVFIndex, Metric
+from jaxrec.retrieval.merge import Policy, Quota
 from jaxrec.retrieval.retriever import Retriever, Vocabulary
 from jaxrec.retrieval.terms import TermCatalog
 
@@ -53,6 +56,10 @@ def publish(
     max_fpr: float = 1e-3,
     recall: float = 0.95,
     sample_queries: Float[Array, "S D"] | None = None,
+    columns: Mapping[str, Any] | None = None,
+    value_model: ValueModel | None = None,
+    merge: str | Policy = "union",
+    component_dtype: Literal["float32", "bfloat16"] = "float32",
     vocabulary: Sequence[str] | None = None,
 ) -> int:
     """Builds a model's `Retriever` and writes it as the next version of `folder`.
@@ -69,7 +76,9 @@ def publish(
     """
     retriever = Retriever.build(
         model, features, key=jax.random.key(0) if key is None else key, nlist=nlist, metric=metric,
-        max_fpr=max_fpr, recall=recall, sample_queries=sample_queries, vocabulary=vocabulary,
+        max_fpr=max_fpr, recall=recall, sample_queries=sample_queries, columns=columns,
+        value_model=value_model, merge=merge, component_dtype=component_dtype,
+        vocabulary=vocabulary,
     )  # fmt: skip
     return save_retriever(retriever, folder, model_config=model_config)
 
@@ -83,13 +92,15 @@ def save_retriever(
             f"a {type(retriever.index).__name__} is not published: publish the whole ItemIndex, "
             "and split it after loading, onto as many devices as there are then"
         )
-    tower = _tower_arrays(retriever.model)
+    tower, value_model = _tower_arrays(retriever.model), retriever.value_model
     index: dict[str, Any] = {}
     layout = _describe(retriever.index, "index", index)
     metadata = {
         "format": FORMAT,
         "model_config": dict(model_config or {}),
         "index": layout,
+        "value_model": value_model.to_json() if value_model is not None else None,
+        "merge": _merge_json(retriever.merge),
         "tower_sha256": content_hash(tower),
         "index_sha256": content_hash(index),
         "index_arrays": {name: [list(x.shape), str(x.dtype)] for name, x in index.items()},
@@ -160,8 +171,24 @@ def load_retriever(
             )
     _set_tower_arrays(model, tower)
     items = _rebuild(metadata["index"], index)
+    described, merge = metadata["value_model"], metadata["merge"]
     return Retriever(
-        model, items, vocabulary=None if raw_ids is None else Vocabulary(tuple(raw_ids))
+        model,
+        items,
+        value_model=None if described is None else ValueModel.from_json(described),
+        merge=merge if isinstance(merge, str) else Quota(tuple(merge["quota"])),
+        vocabulary=None if raw_ids is None else Vocabulary(tuple(raw_ids)),
+    )
+
+
+def _merge_json(merge: str | Policy) -> Any:
+    if isinstance(merge, str):
+        return merge
+    if isinstance(merge, Quota):
+        return {"quota": list(merge.shares)}
+    raise PublishError(
+        f"the merge policy {merge!r} is a function of yours, which cannot be published: publish "
+        "with a named one, and pass yours on as Retriever(..., merge=...) after loading"
     )
 
 

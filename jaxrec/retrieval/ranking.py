@@ -40,24 +40,26 @@ def tasks_of(model: Any) -> tuple[str, ...]:
 
 
 def component_columns(
-    model: Any, item_embeddings: Float[_Array, "V D"], *, dtype: str = "float32"
+    model: Any, item_embeddings: Float[_Array, "N D"], *, dtype: str = "float32"
 ) -> dict[str, Array]:
     """What the model's over-arch caches of each item, as columns of an index; {} without one.
 
     Needed wherever items enter an index: at the build, and for every upsert.
 
     Args:
+      item_embeddings: of the items, without a row for padding.
       dtype: of the floating columns; bfloat16 halves them.
     """
     overarch = overarch_of(model)
     if overarch is None:
         return {}
-    components = overarch.item_components(jnp.asarray(item_embeddings))
+    # An over-arch may have something of its own for each item: for it, row 0 is padding.
+    table = jnp.pad(jnp.asarray(item_embeddings), ((1, 0), (0, 0)))
+    components = _named(overarch.item_components(table))
+    floating = {n: jnp.issubdtype(x.dtype, jnp.floating) for n, x in components.items()}
     return {
-        COMPONENT + name: value.astype(dtype)
-        if jnp.issubdtype(value.dtype, jnp.floating)
-        else value
-        for name, value in _named(components).items()
+        COMPONENT + n: x[1:].astype(dtype if floating[n] else x.dtype)
+        for n, x in components.items()
     }
 
 
@@ -65,8 +67,7 @@ def components_from(model: Any, columns: Mapping[str, Array]) -> Any:
     """The over-arch's components from gathered columns; the other way about of the above."""
     overarch = overarch_of(model)
     assert overarch is not None
-    width = model.item_embeddings().shape[1]
-    like = jax.eval_shape(overarch.item_components, jax.ShapeDtypeStruct((1, width), jnp.float32))
+    like = jax.eval_shape(lambda: overarch.item_components(model.item_embeddings()))
     leaves = [columns[COMPONENT + name].astype(shape.dtype) for name, shape in _named(like).items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrec.retrieval.merge import merge_candidates, quota, quota_slots, task_counts
+from jaxrec.retrieval.merge import Quota, merge_candidates, quota_slots, task_counts
 
 
 @st.composite
@@ -68,8 +68,8 @@ def test_named_policies_match_their_definition(ids, size):
 
 def test_quota_keeps_each_tasks_share_and_hands_on_free_slots():
     ids = np.asarray([[[1, 2, 3, 4], [1, 5, 6, -1]]])
-    assert merged(ids, policy=quota([0.75, 0.25]), num_candidates=4) == [[1, 2, 3, 5]]
-    assert merged(ids, policy=quota([0, 1]), num_candidates=4) == [[1, 5, 6, 2]]
+    assert merged(ids, policy=Quota((0.75, 0.25)), num_candidates=4) == [[1, 2, 3, 5]]
+    assert merged(ids, policy=Quota((0, 1)), num_candidates=4) == [[1, 5, 6, 2]]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_task_counts_count_each_task_once():
     [
         ({"policy": "best"}, "unknown merge policy 'best'; expected one of union, intersection"),
         ({"num_candidates": 0}, "at least 1"),
-        ({"policy": quota([1.0])}, "1 shares for 2 tasks"),
+        ({"policy": Quota((1.0,))}, "1 shares for 2 tasks"),
         ({"policy": lambda ids, scores, n: scores[0]}, "expected one for each result"),
     ],
 )
@@ -119,4 +119,4 @@ def test_errors_say_what_was_expected(kwargs, message):
     with pytest.raises(ValueError, match=message):
         merged(np.zeros((1, 2, 3), np.int32), **kwargs)
     with pytest.raises(ValueError, match="some above 0"):
-        quota([0, 0])
+        Quota((0, 0))

@@ -21,7 +21,7 @@ from jaxrec.nn import (
     ValueModel,
 )
 from jaxrec.ops.jagged import JaggedBatch
-from jaxrec.retrieval import Retriever
+from jaxrec.retrieval import PublishError, Quota, Retriever, load_retriever, save_retriever
 
 NUM_ITEMS, WIDTH, K = 300, 8, 10
 TASKS = ("click", "like")
@@ -29,6 +29,12 @@ FILTERS = ["parity:0", None, "NOT parity:0 AND NOT third:1"]
 OVERARCHS: dict[str, Any] = {
     "mol": lambda: MixtureOfLogits(
         MixtureOfLogitsConfig(WIDTH, component_width=4, scale=0.5), rngs=nnx.Rngs(3)
+    ),
+    "own parts": lambda: MixtureOfLogits(
+        MixtureOfLogitsConfig(
+            WIDTH, component_width=4, own_components=2, num_items=NUM_ITEMS, scale=0.5
+        ),
+        rngs=nnx.Rngs(3),
     ),
     "mlp": lambda: MLPOverArch(MLPOverArchConfig(WIDTH, hidden=(8,), scale=2.0), rngs=nnx.Rngs(3)),
     "attention": lambda: AttentionOverArch(
@@ -84,9 +90,8 @@ def all_scores(retriever, batch) -> np.ndarray:
     table = model.item_embeddings()[1:]
     if model.overarch is None:
         return np.asarray(jnp.einsum("mtd,vd->mvt", queries, table))
-    components = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (3, *x.shape)), model.overarch.item_components(table)
-    )
+    components = model.overarch.item_components(model.item_embeddings())
+    components = jax.tree.map(lambda x: jnp.broadcast_to(x[1:], (3, *x[1:].shape)), components)
     return np.asarray(model.overarch(queries, components, jnp.asarray(ELIGIBLE)))
 
 
@@ -237,3 +242,25 @@ def test_too_few_candidates_are_an_error(batch):
     retriever = build(Model(overarch=OVERARCHS["mol"]()))
     with pytest.raises(ValueError, match="num_candidates is 5; expected k = 10 or more"):
         retriever(batch, retriever.compile(FILTERS), k=K, num_candidates=5)
+
+
+def test_everything_is_published_together(batch, tmp_path):
+    value_model = ValueModel("click + like * age", tasks=TASKS, features=("age",))
+    model = Model(tasks=TASKS, overarch=OVERARCHS["mlp"]())
+    first = build(model, value_model=value_model, merge=Quota((0.7, 0.3)))
+    save_retriever(first, tmp_path)
+    again = load_retriever(
+        tmp_path, build_model=lambda _: Model(tasks=TASKS, overarch=OVERARCHS["mlp"]())
+    )
+    assert again.merge == Quota((0.7, 0.3))
+    assert again.value_model is not None
+    assert again.value_model.formula == value_model.formula
+    plan = first.compile(FILTERS)
+    for mine, theirs in zip(first(batch, plan, k=K), again(batch, plan, k=K), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_policy_of_ones_own_is_not_published(tmp_path):
+    own = build(Model(), merge=lambda ids, scores, num: scores)
+    with pytest.raises(PublishError, match="cannot be published"):
+        save_retriever(own, tmp_path)
