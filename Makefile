@@ -27,6 +27,7 @@ aot: $(UV_HOME)/ready  ## compile every kernel for an H200, without one
 
 bench: .setup
 	$(RUN) python -m experiments.bench_bloom
+	$(RUN) python -m experiments.bench_filter
 	$(RUN) --extra bench python -m experiments.bench_retrieval
 
 gpu:  ## with a GPU and the machine's own Python packages: tests, then benchmarks

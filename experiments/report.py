@@ -250,7 +250,10 @@ def _overarch_markdown(result: Mapping[str, Any]) -> str:
     )
 
 
-SECTIONS = {"train_sequence": accuracy_section_markdown}
+SECTIONS = {
+    "train_sequence": accuracy_section_markdown,
+    "overarch": overarch_section_markdown,
+}
 
 
 def fill_sections(text: str) -> str:
