@@ -115,7 +115,7 @@ def test_scored_softmax_drops_targets_and_padding_among_the_negatives():
 def test_training_moves_towers_and_overarch_and_helps(make, tmp_path):
     model, split = TwoStage(towers(), make()), tiny_split()
     config = TrainConfig(
-        token_budget=64, max_sequences=16, loss=LOSS, num_epochs=12, eval_every=12,
+        token_budget=64, max_sequences=16, loss=LOSS, num_epochs=8, eval_every=8,
         optimizer=OptimizerConfig(learning_rate=1e-2),
     )  # fmt: skip
     result = train(model, split, config=config, folder=tmp_path, progress=Progress())
@@ -173,7 +173,7 @@ def test_reranking_equals_a_naive_one(num_candidates):
     by_dot = user_ranks(make_rank_fn(model), params, questions, max_len=MAX_LEN)
     table = model.item_embeddings()
     components = model.overarch.item_components(table)
-    for user, target in enumerate(questions.targets):
+    for user, target in list(enumerate(questions.targets))[:12]:
         batch = make_query_batch(
             questions.histories, np.array([user]), max_len=MAX_LEN, token_budget=MAX_LEN,
             max_sequences=1, targets=questions.targets,
