@@ -347,6 +347,7 @@ def join_chunks(chunks: Chunks) -> Any:
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), equal, chunks.rest)
 
 
+@functools.partial(jax.jit, static_argnames=("activation", "keep", "chunk_tokens", "config"))
 def forward(
     x: BFloat16[Array, "T D"],
     ids: Int32[Array, "T K"],

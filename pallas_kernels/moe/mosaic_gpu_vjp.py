@@ -1,5 +1,7 @@
 """The backward pass of `moe_ffn` beside the kernels of `mosaic_gpu`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float32, Int32
@@ -12,6 +14,7 @@ from pallas_kernels.moe.mosaic_gpu import Chunks, join_chunks, map_chunks
 from pallas_kernels.moe.ref import Experts
 
 
+@functools.partial(jax.jit, static_argnames=("activation", "chunk_tokens", "config"))
 def backward(
     x: BFloat16[Array, "T D"],
     ids: Int32[Array, "T K"],

@@ -1,0 +1,132 @@
+"""The kernels against the reference: simulated with race detection, and compiled on a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels._testing import simulate
+from pallas_kernels.moe import MoeConfig, moe_ffn, ref
+from pallas_kernels.moe.config import kernel_problem
+from pallas_kernels.moe.dispatch import moe_dispatch
+
+FORWARD = "pallas_kernels.moe.mosaic_gpu:forward"
+CONFIG = MoeConfig(programs=2, shared_tiles=2)
+EXPERTS = 4
+
+
+def routing(name, rng):
+    """Expert ids [T, 2] of four experts."""
+    if name == "empty":  # one expert without tokens; groups of odd sizes
+        return rng.permuted(np.tile([0, 1, 3], (75, 1)), axis=1)[:, :2]
+    if name == "one takes all":  # the second slot of most tokens is routed nowhere
+        ids = np.full((150, 2), [2, -1])
+        ids[::40, 1] = 4
+        return ids
+    assert name == "whole tiles"  # no row of any tile is empty
+    return np.repeat(rng.permuted([[0, 1], [1, 3]], axis=1), 128, axis=0)
+
+
+def arguments(name, *, width=128, hidden=128, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = routing(name, rng).astype(np.int32)
+
+    def normal(*shape, scale=1.0):
+        return np.asarray(scale * rng.standard_normal(shape), jnp.bfloat16)
+
+    x = normal(ids.shape[0], width)
+    gates = rng.random(ids.shape, np.float32)
+    unrouted = (ids < 0) | (ids >= EXPERTS)
+    gates[unrouted] = np.nan
+    inner = (EXPERTS, width, hidden)
+    w_gate, w_up = (normal(*inner, scale=width**-0.5) for _ in range(2))
+    w_down = normal(EXPERTS, hidden, width, scale=hidden**-0.5)
+    return x, ids, gates, ref.Experts(w_gate, w_up, w_down, None, None, None)
+
+
+def reference(x, ids, gates, experts, activation, keep="gate_up"):
+    """y and what is kept, of f32 products of the same inputs."""
+    dispatch = moe_dispatch(ids, num_experts=EXPERTS)
+    gates = np.where(np.asarray(dispatch.token_index_map) < 0, 0, gates)
+    return ref.forward(
+        jnp.asarray(x),
+        dispatch,
+        jnp.asarray(gates),
+        jax.tree.map(jnp.asarray, experts),
+        activation=activation,
+        tile_rows=64,
+        keep=keep,
+    )
+
+
+def close(got, want, tolerance=1e-2):
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk_tokens", "width", "hidden", "activation"),
+    [
+        ("empty", None, 128, 256, "swiglu"),
+        ("one takes all", 64, 256, 128, "geglu"),
+        ("whole tiles", None, 128, 128, "swiglu"),
+    ],
+)
+def test_simulated_forward_equals_reference_without_races(
+    name, chunk_tokens, width, hidden, activation
+):
+    args = arguments(name, width=width, hidden=hidden)
+    options = {"activation": activation, "keep": "gate_up", "config": CONFIG}
+    [(y, kept)] = simulate(FORWARD, [(args, options | {"chunk_tokens": chunk_tokens})])
+    wanted, wanted_kept = reference(*args, activation)
+    close(y, wanted)
+    if chunk_tokens is None:
+        assert kept.equal is None
+        routed = int(np.sum((args[1] >= 0) & (args[1] < EXPERTS)))
+        for store, want in zip(kept.rest, wanted_kept, strict=True):
+            assert store.shape == want.shape
+            close(store[:routed], want[:routed])
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden", "options", "problem"),
+    [
+        ((64, 128), 128, {"dtype": "float32"}, "x is float32"),
+        ((64, 100), 128, {}, "D=100"),
+        ((64, 128), 100, {}, "H=100"),
+        ((64, 128), 128, {"activation": "silu"}, "need a gate"),
+        ((64, 128), 128, {"biased": True}, "biases"),
+        ((8, 128), 128, {}, "16 pairs"),
+    ],
+)
+def test_unsupported_calls_are_explained(shape, hidden, options, problem):
+    x = jax.ShapeDtypeStruct(shape, options.get("dtype", jnp.bfloat16))
+    w_up = jax.ShapeDtypeStruct((4, shape[1], hidden), jnp.bfloat16)
+    found = kernel_problem(
+        x, w_up, 2, options.get("activation", "swiglu"), options.get("biased", False)
+    )
+    assert problem in (found or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+class TestOnGpu:
+    @pytest.mark.parametrize("name", ["empty", "one takes all", "whole tiles"])
+    @pytest.mark.parametrize("save", ["gate_up", "gate_up_fp8", "x"])
+    @pytest.mark.parametrize("chunk_tokens", [None, 64])
+    def test_equals_reference(self, name, save, chunk_tokens):
+        x, ids, gates, experts = jax.tree.map(jnp.asarray, arguments(name, width=512, hidden=384))
+        gates = jnp.where(jnp.isnan(gates), 0, gates)
+        dy = jax.random.normal(jax.random.key(1), x.shape).astype(x.dtype)
+
+        def run(backend):
+            def op(x, gates, *weights):
+                return moe_ffn(
+                    x, ids, gates, *weights, save=save, chunk_tokens=chunk_tokens, backend=backend
+                )
+
+            y, pull = jax.vjp(op, x, gates, *experts[:3])
+            return y, *pull(dy)
+
+        for got, want in zip(jax.jit(run, static_argnums=0)("mosaic_gpu"), run("xla"), strict=True):
+            close(got, want, 2e-2)
