@@ -19,9 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 TILE_ROWS = 128
 HALF_ROWS = TILE_ROWS // 2  # rows of one compute warpgroup
 TILE_DEPTH = 64  # of the summed dimension, a stage
-CHUNK = 64  # columns that leave the registers at once: one 128-byte line of bf16
 _SLOTS = 2  # results of a warpgroup that may be on their way to memory
-_OUTBOX_BYTES = 2 * _SLOTS * HALF_ROWS * CHUNK * 2
+_OUTBOX_BYTES = 2 * _SLOTS * HALF_ROWS * 128
 _SHARED_BYTES = 226 * 1024  # of 227 KiB; the rest is for barriers
 _PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 
@@ -32,21 +31,35 @@ class Gemm:
 
     Attributes:
       name: of the kernel.
-      operands: blocks [rows, columns] of bf16 that fill a stage.
+      operands: blocks of bf16 that fill a stage: [rows, columns], or several of them stacked.
       accumulators: f32 blocks [64, columns] of one compute warpgroup.
       programs: thread blocks; they share the work.
+      dtype: of the results that go through the outbox.
+      other_bytes: shared memory beside the ring and the outbox.
     """
 
     name: str
-    operands: tuple[tuple[int, int], ...]
+    operands: tuple[tuple[int, ...], ...]
     accumulators: tuple[int, ...]
     programs: int
+    dtype: Any = jnp.bfloat16
+    other_bytes: int = 0
+
+    @property
+    def copies(self) -> int:
+        """TMA copies that fill a stage."""
+        return sum(math.prod(shape[:-2]) for shape in self.operands)
+
+    @property
+    def chunk(self) -> int:
+        """Columns that leave the registers at once: one line of 128 bytes."""
+        return 128 // jnp.dtype(self.dtype).itemsize
 
     @property
     def stages(self) -> int:
         """Of the ring: as many as fit beside the outbox."""
         stage = sum(2 * math.prod(shape) for shape in self.operands)
-        return (_SHARED_BYTES - _OUTBOX_BYTES) // stage
+        return (_SHARED_BYTES - _OUTBOX_BYTES - self.other_bytes) // stage
 
 
 def swizzled(shape: Sequence[int], dtype: Any = jnp.bfloat16, *, rows: int = 8) -> Any:
@@ -86,6 +99,7 @@ def run(
     load: Callable[[Any, Any, Any], Any],
     multiply: Callable[[Any, Any], Any],
     epilogue: Callable[[Any, Any], Any],
+    prologue: Callable[[Any], Any] = lambda work: None,
 ) -> None:
     """The body of a kernel: all warpgroups of a program go through its share of the works.
 
@@ -94,9 +108,10 @@ def run(
       ring: (operand buffers, full barriers, empty barriers), which `call` gives the kernel.
       num_works: i32; work w belongs to program w mod programs.
       num_steps: work -> steps along the summed dimension; may be 0.
-      load: (work, step, copy): calls copy(source, n) for each operand n.
+      load: (work, step, copy): calls copy(source, n, *block) for each block of each operand n.
       multiply: (accumulators, operands of a stage): issues the wgmmas.
       epilogue: (work, accumulators as values).
+      prologue: (work), before the products, on the compute warpgroups.
     """
     buffers, full, empty = ring
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
@@ -119,8 +134,9 @@ def run(
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                def copy(source, n):
-                    plgpu.copy_gmem_to_smem(source, buffers[n].at[slot], full.at[slot])
+                def copy(source, n, *block):
+                    target = buffers[n].at[(slot, *block)]
+                    plgpu.copy_gmem_to_smem(source, target, full.at[slot])
 
                 load(work, step, copy)
 
@@ -140,6 +156,7 @@ def run(
 
         def tile(work, done):
             steps = num_steps(work)
+            prologue(work)
 
             def free(step):
                 plgpu.barrier_arrive(empty.at[lax.rem(done + step, gemm.stages)])
@@ -206,20 +223,22 @@ def call(
     kernel: Callable[..., None],
     out_type: Any,
     *args: jax.Array,
+    scratch: Sequence[Any] = (),
 ) -> Any:
-    """Launches kernel(*args, *outputs, ring, staging of the outbox)."""
+    """Launches kernel(*args, *outputs, ring, staging of the outbox, *scratch)."""
     buffers = [swizzled((gemm.stages, *shape)) for shape in gemm.operands]
-    scratch = [
+    own_scratch = [
         *buffers,
-        plgpu.Barrier(num_arrivals=len(buffers), num_barriers=gemm.stages),
+        plgpu.Barrier(num_arrivals=gemm.copies, num_barriers=gemm.stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=gemm.stages),
-        swizzled((2, _SLOTS, HALF_ROWS, CHUNK), rows=1),
+        swizzled((2, _SLOTS, HALF_ROWS, gemm.chunk), gemm.dtype, rows=1),
+        *scratch,
     ]
 
     def body(*refs):
-        *own, full, empty, staging = refs
-        split = len(own) - len(buffers)
-        kernel(*own[:split], (own[split:], full, empty), staging)
+        split = len(refs) - len(own_scratch)
+        own, others = refs[split:][: len(buffers) + 2], refs[split:][len(buffers) + 2 :]
+        kernel(*refs[:split], (own[:-2], *own[-2:]), *others)
 
     return plgpu.kernel(
         body,
@@ -228,7 +247,7 @@ def call(
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
-        scratch_types=scratch,
+        scratch_types=own_scratch,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
         ),

@@ -21,7 +21,7 @@ from pallas_kernels.moe import grouped_gemm, ref
 from pallas_kernels.moe.activation import Activation, activate
 from pallas_kernels.moe.config import MoeConfig
 from pallas_kernels.moe.dispatch import Dispatch, Tiles, group_tiles, moe_dispatch
-from pallas_kernels.moe.grouped_gemm import CHUNK, HALF_ROWS, TILE_DEPTH, TILE_ROWS, Gemm, Outbox
+from pallas_kernels.moe.grouped_gemm import HALF_ROWS, TILE_DEPTH, TILE_ROWS, Gemm, Outbox
 from pallas_kernels.moe.ref import Experts, Kept
 
 _PAIR_COLUMNS = 128  # of gate and up each: their accumulators fill the registers
@@ -78,7 +78,8 @@ def _project_kernel(
     expert, start, size, used, x, w_gate, w_up, *refs, gemm, activation, group, keep
 ):
     """hidden = f(x · w_gate) ⊙ (x · w_up), row tile by row tile."""
-    hidden, *kept, ring, staging = refs
+    *out, ring, staging = refs
+    kept, hidden = out[: 4 * keep], out[4 * keep :]
     columns = gemm.accumulators[0]
     num_columns = w_up.shape[2] // columns
     place = functools.partial(
@@ -104,15 +105,16 @@ def _project_kernel(
         tile, column = place(work)
         outbox = Outbox(staging)
         row = tile * TILE_ROWS + warpgroup * HALF_ROWS
-        for first in range(0, columns, CHUNK):
-            gate, up = (v[:, first : first + CHUNK].astype(hidden.dtype) for v in values)
-            across = pl.ds(column * columns + first, CHUNK)
+        for first in range(0, columns, gemm.chunk):
+            gate, up = (v[:, first : first + gemm.chunk].astype(gemm.dtype) for v in values)
+            across = pl.ds(column * columns + first, gemm.chunk)
             if keep:
                 for matrix, (store, tails) in zip((gate, up), (kept[:2], kept[2:]), strict=True):
                     outbox.put(matrix, _keep_rows(store, tails, tile, across, expert, start, size))
-            activated = activate(activation, gate, up).astype(hidden.dtype)
-            target = hidden.at[pl.ds(row, HALF_ROWS), across]
-            outbox.put(activated, lambda slot, target=target: outbox.copy(slot, target))
+            for store in hidden:
+                activated = activate(activation, gate, up).astype(gemm.dtype)
+                target = store.at[pl.ds(row, HALF_ROWS), across]
+                outbox.put(activated, lambda slot, target=target: outbox.copy(slot, target))
 
     grouped_gemm.run(
         gemm,
@@ -155,7 +157,7 @@ def _keep_rows(store, tails, tile, across, expert, start, size):
 class Projected(NamedTuple):
     """Result of `project`: the activation of each row, and gate and up of each pair if kept."""
 
-    hidden: BFloat16[Array, "P H"]
+    hidden: BFloat16[Array, "P H"] | None
     gate: BFloat16[Array, "N H"] | None
     up: BFloat16[Array, "N H"] | None
 
@@ -170,9 +172,19 @@ def project(
     num_pairs: int,
     activation: Activation,
     keep: bool,
+    activated: bool = True,
     config: MoeConfig,
 ) -> Projected:
-    """Both input products of every expert, and the activation between them and the output's."""
+    """Both input products of every expert, and the activation between them and the output's.
+
+    Args:
+      x_rows, groups, offsets, num_pairs: rows and where they stand.
+      w_gate, w_up: of all experts.
+      activation: see `moe_ffn`.
+      keep: writes gate and up.
+      activated: writes the activation.
+      config: how the kernel runs.
+    """
     num_experts, _, hidden = w_up.shape
     weights = (TILE_DEPTH, _PAIR_COLUMNS)
     gemm = Gemm(
@@ -181,21 +193,18 @@ def project(
         (_PAIR_COLUMNS, _PAIR_COLUMNS),
         config.programs,
     )
-    dtype = x_rows.dtype
-    out_type = [jax.ShapeDtypeStruct((x_rows.shape[0], hidden), dtype)]
-    if keep:
-        out_type += [
-            jax.ShapeDtypeStruct((num_pairs, hidden), dtype),
-            jax.ShapeDtypeStruct((num_experts, _TAIL, hidden), dtype),
-        ] * 2
+    shapes = [(num_pairs, hidden), (num_experts, _TAIL, hidden)] * 2 if keep else []
+    shapes += [(x_rows.shape[0], hidden)] if activated else []
+    out_type = [jax.ShapeDtypeStruct(shape, gemm.dtype) for shape in shapes]
     kernel = functools.partial(
         _project_kernel, gemm=gemm, activation=activation, group=config.shared_tiles, keep=keep
     )
     out = grouped_gemm.call(gemm, kernel, out_type, *scalars(groups), x_rows, w_gate, w_up)
+    rows = out[-1] if activated else None
     if not keep:
-        return Projected(out[0], None, None)
-    gate, up = (_put_tails(store, tails, offsets) for store, tails in (out[1:3], out[3:5]))
-    return Projected(out[0], gate, up)
+        return Projected(rows, None, None)
+    gate, up = (_put_tails(store, tails, offsets) for store, tails in (out[:2], out[2:4]))
+    return Projected(rows, gate, up)
 
 
 def _put_tails(store: Array, tails: Array, offsets: Int32[Array, "E1"]) -> Array:
@@ -246,9 +255,9 @@ def _contract_kernel(expert, start, size, used, *refs, gemm, group, transposed):
         tile, column = place(work)
         outbox = Outbox(staging)
         row = tile * TILE_ROWS + warpgroup * HALF_ROWS
-        for first in range(0, columns, CHUNK):
-            target = out.at[pl.ds(row, HALF_ROWS), pl.ds(column * columns + first, CHUNK)]
-            block = values[0][:, first : first + CHUNK].astype(out.dtype)
+        for first in range(0, columns, gemm.chunk):
+            target = out.at[pl.ds(row, HALF_ROWS), pl.ds(column * columns + first, gemm.chunk)]
+            block = values[0][:, first : first + gemm.chunk].astype(out.dtype)
             outbox.put(block, lambda slot, target=target: outbox.copy(slot, target))
 
     grouped_gemm.run(
@@ -290,13 +299,13 @@ def wide_columns(width: int) -> int:
 
 
 def combine(
-    rows: Array, gates: Float32[Array, "T K"], places: Int32[Array, "T K"]
+    rows: Array, gates: Float32[Array, "T K"] | None, places: Int32[Array, "T K"]
 ) -> Float32[Array, "T D"]:
-    """Gate-weighted sum of each token's rows, f32; one fusion, no [T, K, D]."""
-    # Not `mode="fill"`, and no product with a zero: rows without a pair may hold anything.
+    """Sum of each token's rows, weighted if there are gates, in f32; one fusion, no [T, K, D]."""
     taken = rows.at[jnp.maximum(places, 0)].get(mode="promise_in_bounds").astype(jnp.float32)
-    weighted = jnp.where(places[..., None] >= 0, gates[..., None] * taken, 0)
-    return jnp.sum(weighted, axis=1)
+    taken = taken if gates is None else gates[..., None] * taken
+    # A choice, not a product with zero: what the unrouted take may be anything.
+    return jnp.sum(jnp.where(places[..., None] >= 0, taken, 0), axis=1)
 
 
 class Chunks(NamedTuple):

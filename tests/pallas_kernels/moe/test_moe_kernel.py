@@ -9,8 +9,10 @@ from pallas_kernels._testing import simulate
 from pallas_kernels.moe import MoeConfig, moe_ffn, ref
 from pallas_kernels.moe.config import kernel_problem
 from pallas_kernels.moe.dispatch import moe_dispatch
+from pallas_kernels.moe.mosaic_gpu import Chunks
 
 FORWARD = "pallas_kernels.moe.mosaic_gpu:forward"
+BACKWARD = "pallas_kernels.moe.mosaic_gpu_vjp:backward"
 CONFIG = MoeConfig(programs=2, shared_tiles=2)
 EXPERTS = 4
 
@@ -59,33 +61,84 @@ def reference(x, ids, gates, experts, activation, keep="gate_up"):
     )
 
 
+def reference_gradient(x, ids, gates, experts, kept, dy, activation):
+    """(dx, d_gates, d_experts) of `reference`."""
+    dispatch = moe_dispatch(ids, num_experts=EXPERTS)
+    gates = np.where(np.asarray(dispatch.token_index_map) < 0, 0, gates)
+    arrays = jax.tree.map(jnp.asarray, (x, gates, experts, kept, dy))
+    x, gates, experts, kept, dy = arrays
+    return ref.backward(x, dispatch, gates, experts, kept, dy, activation=activation, tile_rows=64)
+
+
 def close(got, want, tolerance=1e-2):
     got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
-@pytest.mark.parametrize(
-    ("name", "chunk_tokens", "width", "hidden", "activation"),
-    [
-        ("empty", None, 128, 256, "swiglu"),
-        ("one takes all", 64, 256, 128, "geglu"),
-        ("whole tiles", None, 128, 128, "swiglu"),
-    ],
-)
-def test_simulated_forward_equals_reference_without_races(
-    name, chunk_tokens, width, hidden, activation
-):
-    args = arguments(name, width=width, hidden=hidden)
-    options = {"activation": activation, "keep": "gate_up", "config": CONFIG}
-    [(y, kept)] = simulate(FORWARD, [(args, options | {"chunk_tokens": chunk_tokens})])
-    wanted, wanted_kept = reference(*args, activation)
-    close(y, wanted)
-    if chunk_tokens is None:
-        assert kept.equal is None
-        routed = int(np.sum((args[1] >= 0) & (args[1] < EXPERTS)))
-        for store, want in zip(kept.rest, wanted_kept, strict=True):
+CASES = [
+    # routing, tokens of a chunk, width, hidden width, activation
+    ("empty", None, 128, 256, "swiglu"),
+    ("one takes all", 100, 128, 128, "geglu"),
+    ("whole tiles", None, 128, 128, "swiglu"),
+]
+
+
+def poisoned(kept, ids):
+    """Residuals of the pairs that are routed; those of the others are never written."""
+    routed = np.sum((ids >= 0) & (ids < EXPERTS))
+    return jax.tree.map(lambda store: np.asarray(store.at[routed:].set(np.nan)), kept)
+
+
+@pytest.mark.slow
+def test_simulated_forward_equals_reference_without_races():
+    calls, wanted = [], []
+    for name, chunk_tokens, width, hidden, activation in CASES:
+        args = arguments(name, width=width, hidden=hidden)
+        options = {"activation": activation, "keep": "gate_up", "config": CONFIG}
+        calls.append((args, options | {"chunk_tokens": chunk_tokens}))
+        wanted.append(reference(*args, activation))
+    results = simulate(FORWARD, calls, timeout_s=400)
+    for (args, options), (y, kept), (want, want_kept) in zip(calls, results, wanted, strict=True):
+        close(y, want)
+        if options["chunk_tokens"] is not None:  # rows then follow the chunks' own order
+            pairs = sum(store.size for store in jax.tree.leaves(kept)) // 2 // hidden_of(args)
+            assert pairs == args[1].size
+            continue
+        assert kept[0] is None
+        for store, want in zip(kept[1], poisoned(want_kept, args[1]), strict=True):
             assert store.shape == want.shape
-            close(store[:routed], want[:routed])
+            routed = ~np.isnan(np.asarray(want, np.float32))
+            close(np.where(routed, store, 0), np.where(routed, want, 0))
+
+
+def hidden_of(args):
+    return args[3].w_up.shape[2]
+
+
+@pytest.mark.slow
+def test_simulated_backward_equals_reference_without_races():
+    """Residuals of unrouted pairs, their gates, and all rows behind a group are poisoned."""
+    calls, wanted = [], []
+    for name, chunk_tokens, width, hidden, activation in CASES:
+        x, ids, gates, experts = arguments(name, width=width, hidden=hidden)
+        rng = np.random.default_rng(1)
+        dy = np.asarray(rng.standard_normal(x.shape), jnp.bfloat16)
+        _, kept = reference(x, ids, gates, experts, activation)
+        # A chunk recomputes gate and up; the others take what was kept.
+        given = None if chunk_tokens else Chunks(None, poisoned(kept, ids))
+        calls.append(
+            (
+                (x, ids, gates, experts, given, dy),
+                {"activation": activation, "chunk_tokens": chunk_tokens, "config": CONFIG},
+            )
+        )
+        wanted.append(reference_gradient(x, ids, gates, experts, kept, dy, activation))
+    results = simulate(BACKWARD, calls, timeout_s=400)
+    for got, want in zip(results, wanted, strict=True):
+        for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            close(ours, theirs)
+    for gradient in jax.tree.leaves(results[0][2]):
+        assert not np.any(gradient[2]), "the expert without tokens"
 
 
 @pytest.mark.parametrize(
