@@ -127,23 +127,24 @@ def group_tiles(offsets: Int32[jax.Array, "E1"], num_pairs: int, tile_rows: int)
 
 
 def _by_count(group: Int32[jax.Array, "N"], num_groups: int) -> tuple[jax.Array, jax.Array]:
-    """(place of each pair in group order, group starts [G + 1]) from running counts."""
+    """(place of each pair in group order, group starts [G + 1]) from counts, block by block.
+
+    All blocks at once: a pair's rank is what its own block holds before it, which comparing it with
+    the block tells, and what earlier blocks hold, which a running sum of their counts tells.
+    """
     num_blocks = -(-group.size // _BLOCK)
     padded = jnp.pad(group, (0, num_blocks * _BLOCK - group.size), constant_values=num_groups)
-    before = jnp.tril(jnp.ones((_BLOCK, _BLOCK), jnp.float32), -1)
-
-    def block(counts: Int32[jax.Array, "G"], members: Int32[jax.Array, "B"]):
-        # One-hot rows times a triangle count the earlier members of each group, exactly in f32.
-        chosen = jax.nn.one_hot(members, num_groups, dtype=jnp.float32)
-        earlier = jnp.dot(before, chosen, precision=lax.Precision.HIGHEST)
-        ranks = jnp.sum(earlier * chosen, axis=1).astype(jnp.int32)
-        own = counts[jnp.minimum(members, num_groups - 1)]
-        return counts + jnp.sum(chosen, axis=0).astype(jnp.int32), own + ranks
-
-    counts = jnp.zeros(num_groups, jnp.int32)
-    counts, ranks = lax.scan(block, counts, padded.reshape(num_blocks, _BLOCK))
-    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
-    return offsets[group] + ranks.reshape(-1)[: group.size], offsets
+    blocks = padded.reshape(num_blocks, _BLOCK)
+    earlier = jnp.tril(jnp.ones((_BLOCK, _BLOCK), bool), -1)
+    same = (blocks[:, :, None] == blocks[:, None, :]) & earlier
+    inside = jnp.sum(same, axis=2, dtype=jnp.int32).reshape(-1)[: group.size]
+    members = blocks[:, :, None] == jnp.arange(num_groups, dtype=jnp.int32)
+    counts = jnp.sum(members, axis=1, dtype=jnp.int32)
+    ends = jnp.cumsum(counts, axis=0)
+    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(ends[-1], dtype=jnp.int32)])
+    starts = offsets[:-1] + ends - counts
+    block = jnp.arange(group.size, dtype=jnp.int32) // _BLOCK
+    return starts[block, group] + inside, offsets
 
 
 def _by_sort(group: Int32[jax.Array, "N"], num_groups: int) -> tuple[jax.Array, jax.Array]:

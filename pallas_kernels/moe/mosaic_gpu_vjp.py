@@ -111,7 +111,7 @@ def _project_gradient_kernel(
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
         blocks = [plgpu.load(inbox.at[warpgroup, n], layout=plgpu.Layout.WGMMA) for n in (0, 1)]
         plgpu.commit_smem()  # orders these reads before the copy engine's next writes
-        return [jnp.where(row < own, block.astype(jnp.float32), 0) for block in blocks]
+        return [jnp.where(row < own, block, 0).astype(jnp.float32) for block in blocks]
 
     def prologue(work):
         fetch(*place(work), 0)
@@ -121,26 +121,24 @@ def _project_gradient_kernel(
         outbox = Outbox(staging)
         row = tile * TILE_ROWS + begin
         own = size[tile] - begin
-        weight = plgpu.load(gates.at[pl.ds(row, HALF_ROWS)], layout=_ROWS, optimized=False)
-        weight = lax.broadcast_in_dim(weight, (HALF_ROWS, gemm.chunk), (0,))
         total = plgpu.layout_cast(jnp.zeros(HALF_ROWS, jnp.float32), _ROWS)
         for first in range(0, columns, gemm.chunk):
             g, u = fetched(own)
             if first + gemm.chunk < columns:
                 fetch(tile, column, first + gemm.chunk)
+            weight = plgpu.load(gates.at[pl.ds(row, HALF_ROWS)], layout=_ROWS, optimized=False)
+            weight = lax.broadcast_in_dim(weight, (HALF_ROWS, gemm.chunk), (0,))
             d_activated = values[0][:, first : first + gemm.chunk]
             value, slope = nonlinear(activation, g)
             activated = (value * u).astype(gemm.dtype).astype(jnp.float32)
             total += jnp.sum(d_activated * activated, axis=1)
             d_activated = weight * d_activated
+            # All are rounded before any is sent, so that no f32 block outlives a barrier.
+            results = (d_activated * u * slope, d_activated * value, weight * activated)
+            results = [result.astype(gemm.dtype) for result in results]
             across = pl.ds(column * columns + first, gemm.chunk)
-            for store, result in (
-                (d_gate, d_activated * u * slope),
-                (d_up, d_activated * value),
-                (weighted, weight * activated),
-            ):
+            for store, result in zip((d_gate, d_up, weighted), results, strict=True):
                 target = store.at[pl.ds(row, HALF_ROWS), across]
-                result = result.astype(gemm.dtype)
                 outbox.put(result, lambda slot, target=target: outbox.copy(slot, target))
         sums = row_sums.at[warpgroup]
         sums[...] = total
