@@ -272,14 +272,14 @@ def _contract_kernel(expert, start, size, used, *refs, gemm, group, transposed):
 
 
 def contract(
-    terms: list[tuple[BFloat16[Array, "P K"], BFloat16[Array, "E K N"]]],
+    terms: list[tuple[BFloat16[Array, "P M"], BFloat16[Array, "E ..."]]],
     groups: Groups,
     *,
     name: str,
     transposed: bool,
     config: MoeConfig,
 ) -> BFloat16[Array, "P N"]:
-    """Sum over the terms of rows · weights of their expert; `transposed` weights are [E, N, K]."""
+    """Sum over the terms of rows · weights [E, M, N] of their expert; transposed: of [E, N, M]."""
     rows, weights = terms[0]
     width = weights.shape[1 if transposed else 2]
     columns = wide_columns(width)

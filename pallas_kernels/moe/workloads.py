@@ -95,13 +95,18 @@ class MoeWorkload:
         backend: Backend | None = None,
         config: MoeConfig | None = None,
     ) -> tuple[jax.Array, ...]:
-        """Gradients of x, gates and weights; x stands in for that of the output."""
+        """(y, gradients of x, gates and weights); x stands in for the gradient of y."""
         x, ids, gates, *weights = arrays
 
         def op(x, gates, *weights):
             return self.run(x, ids, gates, *weights, backend=backend, config=config)
 
-        return jax.vjp(op, x, gates, *weights)[1](x)
+        y, pull = jax.vjp(op, x, gates, *weights)
+        return y, *pull(x)
+
+    def rows_bound(self) -> int:
+        """P: rows that tiles of 128 need at most, over all chunks at once."""
+        return 128 * (-(-self.num_pairs // 128) + self.num_experts)
 
     def floor_flops(self) -> int:
         """6KDH a token, of the forward pass; a gradient takes twice as many."""
