@@ -66,8 +66,8 @@ def moe_ffn(
         fp8, of the scales.) "x" and "gate_up" give the same gradients but for rounding.
       chunk_tokens: tokens whose gathered rows exist at once, in a kernel; the XLA backend gathers
         one tile at a time whatever it is. None takes all tokens at once.
-      backend: "xla"; "mosaic_gpu" for bf16 x on Hopper, D and H multiples of 128, a gate and no
-        biases; or None for the best supported. A name never falls back.
+      backend: "xla"; "mosaic_gpu" for bf16 x on Hopper, D and H multiples of 128; or None for
+        the best supported. A name never falls back.
       config: tile sizes; None takes the heuristic.
 
     Raises:
@@ -80,12 +80,8 @@ def moe_ffn(
     """
     experts = Experts(w_gate, w_up, w_down, b_gate, b_up, b_down)
     _check(x, expert_ids, gates, experts, activation, save, chunk_tokens)
-    biased = any(bias is not None for bias in (b_gate, b_up, b_down))
     chosen = resolve(
-        "moe_ffn",
-        backend,
-        lambda: kernel_problem(x, w_up, expert_ids.shape[1], activation, biased),
-        wgmma=True,
+        "moe_ffn", backend, lambda: kernel_problem(x, w_up, expert_ids.shape[1]), wgmma=True
     )
     experts = jax.tree.map(jnp.asarray, experts)
     x, gates = jnp.asarray(x), jnp.asarray(gates)

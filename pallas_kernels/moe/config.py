@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from pallas_kernels.moe.activation import is_gated
-
 KERNEL_MULTIPLE = 128
 
 
@@ -35,14 +33,10 @@ class MoeConfig:
         return cls(tile_rows=min(256, max(8, 1 << (share - 1).bit_length())))
 
 
-def kernel_problem(x, w_up, num_slots: int, activation, biased: bool) -> str | None:
+def kernel_problem(x, w_up, num_slots: int) -> str | None:
     """What keeps the kernels from these arguments, or None."""
     if x.dtype != jnp.bfloat16:
         return f"x is {x.dtype}; the kernels multiply bfloat16 only"
-    if not is_gated(activation):
-        return f"activation {activation!r}; the kernels need a gate"
-    if biased:
-        return "biases; the kernels have none"
     for name, size in (("D", x.shape[1]), ("H", w_up.shape[2])):
         if size % KERNEL_MULTIPLE:
             return f"{name}={size}; the kernels need a multiple of {KERNEL_MULTIPLE}"

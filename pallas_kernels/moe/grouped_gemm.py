@@ -16,13 +16,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-TILE_ROWS = 128
+from pallas_kernels.moe.groups import TILE_ROWS
+
 HALF_ROWS = TILE_ROWS // 2  # rows of one compute warpgroup
 TILE_DEPTH = 64  # of the summed dimension, a stage
 _SLOTS = 2  # results of a warpgroup that may be on their way to memory
 _OUTBOX_BYTES = 2 * _SLOTS * HALF_ROWS * 128
-_SHARED_BYTES = 226 * 1024  # of 227 KiB; the rest is for barriers
-_PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
+_SHARED_BYTES = 224 * 1024  # of 227 KiB; the compiler needs the rest
+_PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 24, 240
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def place(work, used, num_columns: int, group: int):
 
     Programs that run together then share both rows and weights from L2.
     """
+    if num_columns == 1:
+        return work, jnp.int32(0)
     span = group * num_columns
     block = lax.div(work, span)
     height = jnp.minimum(group, used - block * group)

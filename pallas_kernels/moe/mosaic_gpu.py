@@ -7,65 +7,33 @@ keeps, gate and up, is written without padding, row n for pair n.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Bool, Float32, Int32
+from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels.moe import grouped_gemm, ref
 from pallas_kernels.moe.activation import Activation, activate
+from pallas_kernels.moe.chunks import Chunks, join_chunks, map_chunks
 from pallas_kernels.moe.config import MoeConfig
-from pallas_kernels.moe.dispatch import Dispatch, Tiles, group_tiles, moe_dispatch
-from pallas_kernels.moe.grouped_gemm import HALF_ROWS, TILE_DEPTH, TILE_ROWS, Gemm, Outbox
+from pallas_kernels.moe.dispatch import moe_dispatch
+from pallas_kernels.moe.grouped_gemm import HALF_ROWS, TILE_DEPTH, Gemm, Outbox
+from pallas_kernels.moe.groups import (
+    TILE_ROWS,
+    Groups,
+    combine,
+    gates_by_expert,
+    gather_rows,
+    group_rows,
+)
 from pallas_kernels.moe.ref import Experts, Kept
 
-_PAIR_COLUMNS = 128  # of gate and up each: their accumulators fill the registers
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # one value a column of an accumulator
 _TAIL = 8  # rows that are written apart: the last ones of an expert, if fewer than eight
-
-
-class Groups(NamedTuple):
-    """Where pairs stand among the padded rows; P = 128·L.
-
-    Attributes:
-      tiles: what each 128 rows hold.
-      tokens: token of each row, 0 where there is none; i32[P].
-      filled: rows with a pair; bool[P].
-      rows: row of each (token, slot), -1 for the unrouted; i32[T, K].
-    """
-
-    tiles: Tiles
-    tokens: Int32[Array, "P"]
-    filled: Bool[Array, "P"]
-    rows: Int32[Array, "T K"]
-
-
-def group_rows(dispatch: Dispatch) -> Groups:
-    """Groups of whole tiles; an expert without pairs has none."""
-    offsets = dispatch.expert_token_offsets
-    num_pairs = dispatch.expert_token_indices.shape[0]
-    tiles = group_tiles(offsets, num_pairs, TILE_ROWS)
-    inside = jnp.arange(TILE_ROWS, dtype=jnp.int32)
-    pairs = (tiles.start[:, None] + inside).reshape(-1)
-    filled = (inside < tiles.size[:, None]).reshape(-1)
-    tokens = dispatch.expert_token_indices[jnp.minimum(pairs, num_pairs - 1)]
-    counts = offsets[1:] - offsets[:-1]
-    whole = (counts + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
-    shift = jnp.cumsum(whole) - whole - offsets[:-1]
-    experts = jnp.clip(dispatch.token_expert_indices, 0, counts.size - 1)
-    shift = shift[experts].reshape(dispatch.token_index_map.shape)
-    rows = jnp.where(dispatch.token_index_map < 0, -1, dispatch.token_index_map + shift)
-    return Groups(tiles, jnp.where(filled, tokens, 0), filled, rows)
-
-
-def gather_rows(x: Array, groups: Groups) -> Array:
-    """Rows of x in groups [P, D], zeros where there is no pair: one fusion."""
-    rows = x.at[groups.tokens].get(mode="promise_in_bounds")
-    return jnp.where(groups.filled[:, None], rows, 0)
 
 
 def scalars(groups: Groups) -> tuple[Array, ...]:
@@ -74,14 +42,15 @@ def scalars(groups: Groups) -> tuple[Array, ...]:
     return tiles.expert, tiles.start, tiles.size, tiles.used.reshape(1)
 
 
-def _project_kernel(
-    expert, start, size, used, x, w_gate, w_up, *refs, gemm, activation, group, keep
-):
-    """hidden = f(x · w_gate) ⊙ (x · w_up), row tile by row tile."""
+def _project_kernel(expert, start, size, used, x, *refs, gemm, activation, group, keep, biased):
+    """hidden = f(x · w_gate) ⊙ (x · w_up), or f(x · w_up), row tile by row tile."""
+    count = len(gemm.accumulators)
+    weights, refs = refs[:count], refs[count:]
+    biases, refs = refs[: count * biased], refs[count * biased :]
     *out, ring, staging = refs
-    kept, hidden = out[: 4 * keep], out[4 * keep :]
+    kept, hidden = out[: 2 * count * keep], out[2 * count * keep :]
     columns = gemm.accumulators[0]
-    num_columns = w_up.shape[2] // columns
+    num_columns = weights[0].shape[2] // columns
     place = functools.partial(
         grouped_gemm.place, used=used[0], num_columns=num_columns, group=group
     )
@@ -93,25 +62,36 @@ def _project_kernel(
         depth = pl.ds(step * TILE_DEPTH, TILE_DEPTH)
         across = pl.ds(column * columns, columns)
         copy(x.at[pl.ds(tile * TILE_ROWS, TILE_ROWS), depth], 0)
-        copy(w_gate.at[expert[tile], depth, across], 1)
-        copy(w_up.at[expert[tile], depth, across], 2)
+        for n, weight in enumerate(weights):
+            copy(weight.at[expert[tile], depth, across], n + 1)
 
     def multiply(accumulators, operands):
         rows = operands[0].at[half]
-        for accumulator, weights in zip(accumulators, operands[1:], strict=True):
-            plgpu.wgmma(accumulator, rows, weights)
+        for accumulator, weight in zip(accumulators, operands[1:], strict=True):
+            plgpu.wgmma(accumulator, rows, weight)
+
+    def block(values, n, tile, across, first):
+        """A matrix's next columns, rounded as they are kept."""
+        own = values[n][:, first : first + gemm.chunk]
+        if biased:
+            bias = biases[n].at[expert[tile], across]
+            bias = plgpu.load(bias, layout=_COLUMNS, optimized=False)
+            own += lax.broadcast_in_dim(bias, own.shape, (1,))
+        return own.astype(gemm.dtype)
 
     def epilogue(work, values):
         tile, column = place(work)
         outbox = Outbox(staging)
         row = tile * TILE_ROWS + warpgroup * HALF_ROWS
         for first in range(0, columns, gemm.chunk):
-            gate, up = (v[:, first : first + gemm.chunk].astype(gemm.dtype) for v in values)
             across = pl.ds(column * columns + first, gemm.chunk)
-            if keep:
-                for matrix, (store, tails) in zip((gate, up), (kept[:2], kept[2:]), strict=True):
-                    outbox.put(matrix, _keep_rows(store, tails, tile, across, expert, start, size))
+            matrices = [block(values, n, tile, across, first) for n in range(count)]
+            for n in range(count * keep):
+                store, tails = kept[2 * n : 2 * n + 2]
+                send = _keep_rows(store, tails, tile, across, expert, start, size)
+                outbox.put(matrices[n], send)
             for store in hidden:
+                gate, up = matrices if count == 2 else (None, *matrices)
                 activated = activate(activation, gate, up).astype(gemm.dtype)
                 target = store.at[pl.ds(row, HALF_ROWS), across]
                 outbox.put(activated, lambda slot, target=target: outbox.copy(slot, target))
@@ -155,19 +135,22 @@ def _keep_rows(store, tails, tile, across, expert, start, size):
 
 
 class Projected(NamedTuple):
-    """Result of `project`: the activation of each row, and gate and up of each pair if kept."""
+    """Result of `project`.
+
+    Attributes:
+      hidden: the activation of each row, if wanted.
+      kept: gate and up of each pair, row n for pair n, if wanted.
+    """
 
     hidden: BFloat16[Array, "P H"] | None
-    gate: BFloat16[Array, "N H"] | None
-    up: BFloat16[Array, "N H"] | None
+    kept: Kept
 
 
 def project(
     x_rows: BFloat16[Array, "P D"],
     groups: Groups,
     offsets: Int32[Array, "E1"],
-    w_gate: BFloat16[Array, "E D H"],
-    w_up: BFloat16[Array, "E D H"],
+    experts: Experts,
     *,
     num_pairs: int,
     activation: Activation,
@@ -175,36 +158,62 @@ def project(
     activated: bool = True,
     config: MoeConfig,
 ) -> Projected:
-    """Both input products of every expert, and the activation between them and the output's.
+    """The input products of every expert, and the activation before its output product.
 
     Args:
       x_rows, groups, offsets, num_pairs: rows and where they stand.
-      w_gate, w_up: of all experts.
+      experts: weights and biases, bf16.
       activation: see `moe_ffn`.
       keep: writes gate and up.
       activated: writes the activation.
       config: how the kernel runs.
     """
-    num_experts, _, hidden = w_up.shape
-    weights = (TILE_DEPTH, _PAIR_COLUMNS)
+    weights, biases = input_weights(experts), _input_biases(experts)
+    num_experts, _, hidden = weights[0].shape
+    columns = wide_columns(hidden) if len(weights) == 1 else 128
     gemm = Gemm(
         "moe_project",
-        ((TILE_ROWS, TILE_DEPTH), weights, weights),
-        (_PAIR_COLUMNS, _PAIR_COLUMNS),
+        ((TILE_ROWS, TILE_DEPTH), *[(TILE_DEPTH, columns)] * len(weights)),
+        (columns,) * len(weights),
         config.programs,
     )
-    shapes = [(num_pairs, hidden), (num_experts, _TAIL, hidden)] * 2 if keep else []
-    shapes += [(x_rows.shape[0], hidden)] if activated else []
-    out_type = [jax.ShapeDtypeStruct(shape, gemm.dtype) for shape in shapes]
-    kernel = functools.partial(
-        _project_kernel, gemm=gemm, activation=activation, group=config.shared_tiles, keep=keep
+    shapes = [(num_pairs, hidden), (num_experts, _TAIL, hidden)] * (len(weights) * keep)
+    shapes += [(x_rows.shape[0], hidden)] * activated
+    out = grouped_gemm.call(
+        gemm,
+        functools.partial(
+            _project_kernel,
+            gemm=gemm,
+            activation=activation,
+            group=config.shared_tiles,
+            keep=keep,
+            biased=bool(biases),
+        ),
+        [jax.ShapeDtypeStruct(shape, gemm.dtype) for shape in shapes],
+        *scalars(groups),
+        x_rows,
+        *weights,
+        *biases,
     )
-    out = grouped_gemm.call(gemm, kernel, out_type, *scalars(groups), x_rows, w_gate, w_up)
     rows = out[-1] if activated else None
     if not keep:
-        return Projected(rows, None, None)
-    gate, up = (_put_tails(store, tails, offsets) for store, tails in (out[:2], out[2:4]))
-    return Projected(rows, gate, up)
+        return Projected(rows, Kept(None, None))
+    kept = [_put_tails(out[2 * n], out[2 * n + 1], offsets) for n in range(len(weights))]
+    return Projected(rows, Kept(kept[0] if len(weights) == 2 else None, kept[-1]))
+
+
+def input_weights(experts: Experts) -> list[Array]:
+    """w_gate, if there is one, and w_up."""
+    return [jnp.asarray(w) for w in (experts.w_gate, experts.w_up) if w is not None]
+
+
+def _input_biases(experts: Experts) -> list[Float32[Array, "E H"]]:
+    """Biases of `input_weights`, zeros for one that lacks; nothing if all do."""
+    if experts.b_gate is None and experts.b_up is None:
+        return []
+    biases = [experts.b_up] if experts.w_gate is None else [experts.b_gate, experts.b_up]
+    zeros = jnp.zeros((experts.w_up.shape[0], experts.w_up.shape[2]), jnp.float32)
+    return [zeros if b is None else jnp.asarray(b, jnp.float32) for b in biases]
 
 
 def _put_tails(store: Array, tails: Array, offsets: Int32[Array, "E1"]) -> Array:
@@ -298,64 +307,6 @@ def wide_columns(width: int) -> int:
     return 256 if width % 256 == 0 else 128
 
 
-def combine(
-    rows: Array, gates: Float32[Array, "T K"] | None, places: Int32[Array, "T K"]
-) -> Float32[Array, "T D"]:
-    """Sum of each token's rows, weighted if there are gates, in f32; one fusion, no [T, K, D]."""
-    taken = rows.at[jnp.maximum(places, 0)].get(mode="promise_in_bounds").astype(jnp.float32)
-    taken = taken if gates is None else gates[..., None] * taken
-    # A choice, not a product with zero: what the unrouted take may be anything.
-    return jnp.sum(jnp.where(places[..., None] >= 0, taken, 0), axis=1)
-
-
-class Chunks(NamedTuple):
-    """Results for parts of the tokens: those of the equal parts stacked, and of what remains."""
-
-    equal: Any
-    rest: Any
-
-
-def map_chunks(
-    fn: Callable[..., tuple[Any, Any]],
-    carry: Any,
-    arrays: tuple[Array, ...],
-    chunk_tokens: int | None,
-    chunks: Chunks | None = None,
-) -> tuple[Any, Chunks]:
-    """(carry, results) of fn(carry, (*part of the arrays, its chunk)), part after part.
-
-    Args:
-      fn: what to do with a part.
-      carry: handed from part to part.
-      arrays: each with T tokens along its first axis.
-      chunk_tokens: tokens of a part; None takes all at once.
-      chunks: results of an earlier pass over the same parts, if wanted.
-    """
-    chunks = chunks or Chunks(None, None)
-    num_tokens = arrays[0].shape[0]
-    size = min(chunk_tokens or num_tokens, num_tokens)
-    count, rest = divmod(num_tokens, size)
-    if count == 1 and rest == 0:
-        carry, results = fn(carry, (*arrays, chunks.rest))
-        return carry, Chunks(None, results)
-    parts = [a[: count * size].reshape(count, size, *a.shape[1:]) for a in arrays]
-    carry, equal = lax.scan(fn, carry, (*parts, chunks.equal))
-    if rest == 0:
-        return carry, Chunks(equal, None)
-    carry, results = fn(carry, (*(a[count * size :] for a in arrays), chunks.rest))
-    return carry, Chunks(equal, results)
-
-
-def join_chunks(chunks: Chunks) -> Any:
-    """The results of all tokens, which lie along the first axis."""
-    if chunks.equal is None:
-        return chunks.rest
-    equal = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), chunks.equal)
-    if chunks.rest is None:
-        return equal
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), equal, chunks.rest)
-
-
 @functools.partial(jax.jit, static_argnames=("activation", "keep", "chunk_tokens", "config"))
 def forward(
     x: BFloat16[Array, "T D"],
@@ -379,24 +330,30 @@ def forward(
             gather_rows(x, groups),
             groups,
             dispatch.expert_token_offsets,
-            experts.w_gate,
-            experts.w_up,
+            experts,
             num_pairs=ids.size,
             activation=activation,
             keep=keep is not None,
             config=config,
         )
         rows = contract(
-            [(projected.hidden, experts.w_down)],
+            [(projected.hidden, jnp.asarray(experts.w_down))],
             groups,
             name="moe_contract",
             transposed=False,
             config=config,
         )
-        kept = Kept(projected.gate, projected.up)
+        y = combine(rows, gates, groups.rows)
+        if experts.b_down is not None:
+            y += jnp.matmul(
+                gates_by_expert(gates, ids, experts.w_up.shape[0]),
+                experts.b_down.astype(jnp.float32),
+                precision=lax.Precision.HIGHEST,
+            )
+        kept = projected.kept
         if keep == "gate_up_fp8":
             kept = jax.tree.map(ref.to_fp8, kept)
-        return carry, (combine(rows, gates, groups.rows).astype(x.dtype), kept)
+        return carry, (y.astype(x.dtype), kept)
 
     _, results = map_chunks(chunk, None, (x, ids, gates), chunk_tokens)
     y = join_chunks(Chunks(*(None if part is None else part[0] for part in results)))

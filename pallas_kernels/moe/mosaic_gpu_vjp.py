@@ -7,6 +7,7 @@ the width of x. No expert output is needed: a gate's gradient is ⟨dy · w_down
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,24 +19,24 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from pallas_kernels.moe import grouped_gemm
 from pallas_kernels.moe.activation import Activation, nonlinear
+from pallas_kernels.moe.chunks import Chunks, join_chunks, map_chunks
 from pallas_kernels.moe.config import MoeConfig
-from pallas_kernels.moe.dispatch import Dispatch, in_expert_order, moe_dispatch
-from pallas_kernels.moe.grouped_gemm import HALF_ROWS, TILE_DEPTH, TILE_ROWS, Gemm, Outbox
-from pallas_kernels.moe.mosaic_gpu import (
-    Chunks,
+from pallas_kernels.moe.dispatch import Dispatch, moe_dispatch
+from pallas_kernels.moe.grouped_gemm import HALF_ROWS, TILE_DEPTH, Gemm, Outbox
+from pallas_kernels.moe.groups import (
+    TILE_ROWS,
     Groups,
     combine,
-    contract,
+    gates_by_expert,
     gather_rows,
     group_rows,
-    join_chunks,
-    map_chunks,
-    project,
-    scalars,
-    wide_columns,
+    row_gates,
+    sum_by_expert,
 )
+from pallas_kernels.moe.mosaic_gpu import contract, input_weights, project, scalars, wide_columns
 from pallas_kernels.moe.ref import Experts, Kept
 
+_PIECE = 16  # columns whose derivatives are computed at once
 _ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row of an accumulator
 
 
@@ -43,42 +44,23 @@ class ProjectedGradient(NamedTuple):
     """Result of `project_gradient`, in rows; zero where a row has no pair.
 
     Attributes:
-      d_gate, d_up: gradients of gate and up.
+      d_inputs: gradients of gate and up, or of up alone.
       weighted: the activation times the row's gate, whose products with dy are w_down's gradient.
       d_gates: gradient of the row's gate, by tiles of columns that are yet to be summed.
     """
 
-    d_gate: BFloat16[Array, "P H"]
-    d_up: BFloat16[Array, "P H"]
+    d_inputs: list[BFloat16[Array, "P H"]]
     weighted: BFloat16[Array, "P H"]
     d_gates: Float32[Array, "C P"]
 
 
 def _project_gradient_kernel(
-    expert,
-    start,
-    size,
-    used,
-    gates,
-    gate,
-    up,
-    dy,
-    w_down,
-    d_gate,
-    d_up,
-    weighted,
-    d_gates,
-    ring,
-    staging,
-    inbox,
-    arrived,
-    row_sums,
-    *,
-    gemm,
-    activation,
-    group,
+    expert, start, size, used, gates, dy, w_down, *refs, gemm, activation, group
 ):
     """dy · w_downᵀ, and what follows from it, gate and up."""
+    *refs, ring, staging, inbox, arrived, row_sums = refs
+    count = (len(refs) - 2) // 2
+    kept, (*d_inputs, weighted, d_gates) = refs[:count], refs[count:]
     columns = gemm.accumulators[0]
     num_columns = w_down.shape[1] // columns
     place = functools.partial(
@@ -101,7 +83,7 @@ def _project_gradient_kernel(
         """Asks for a block of gate and up; rows behind the expert's last are another's."""
         rows = pl.ds(start[tile] + begin, HALF_ROWS)
         across = pl.ds(column * columns + first, gemm.chunk)
-        for n, store in enumerate((gate, up)):
+        for n, store in enumerate(kept):
             target = inbox.at[warpgroup, n]
             plgpu.copy_gmem_to_smem(store.at[rows, across], target, arrived.at[warpgroup])
 
@@ -109,35 +91,26 @@ def _project_gradient_kernel(
         plgpu.barrier_wait(arrived.at[warpgroup])
         shape = (HALF_ROWS, gemm.chunk)
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        blocks = [plgpu.load(inbox.at[warpgroup, n], layout=plgpu.Layout.WGMMA) for n in (0, 1)]
+        refs = [inbox.at[warpgroup, n] for n in range(count)]
+        blocks = [plgpu.load(ref, layout=plgpu.Layout.WGMMA) for ref in refs]
         plgpu.commit_smem()  # orders these reads before the copy engine's next writes
-        return [jnp.where(row < own, block, 0).astype(jnp.float32) for block in blocks]
-
-    def prologue(work):
-        fetch(*place(work), 0)
+        return [jnp.where(row < own, block, 0) for block in blocks]
 
     def epilogue(work, values):
         tile, column = place(work)
         outbox = Outbox(staging)
         row = tile * TILE_ROWS + begin
-        own = size[tile] - begin
         total = plgpu.layout_cast(jnp.zeros(HALF_ROWS, jnp.float32), _ROWS)
         for first in range(0, columns, gemm.chunk):
-            g, u = fetched(own)
+            blocks = fetched(size[tile] - begin)
             if first + gemm.chunk < columns:
                 fetch(tile, column, first + gemm.chunk)
             weight = plgpu.load(gates.at[pl.ds(row, HALF_ROWS)], layout=_ROWS, optimized=False)
-            weight = lax.broadcast_in_dim(weight, (HALF_ROWS, gemm.chunk), (0,))
             d_activated = values[0][:, first : first + gemm.chunk]
-            value, slope = nonlinear(activation, g)
-            activated = (value * u).astype(gemm.dtype).astype(jnp.float32)
-            total += jnp.sum(d_activated * activated, axis=1)
-            d_activated = weight * d_activated
-            # All are rounded before any is sent, so that no f32 block outlives a barrier.
-            results = (d_activated * u * slope, d_activated * value, weight * activated)
-            results = [result.astype(gemm.dtype) for result in results]
+            results, sums = _differentiate(activation, blocks, d_activated, weight)
+            total += sums
             across = pl.ds(column * columns + first, gemm.chunk)
-            for store, result in zip((d_gate, d_up, weighted), results, strict=True):
+            for store, result in zip((*d_inputs, weighted), results, strict=True):
                 target = store.at[pl.ds(row, HALF_ROWS), across]
                 outbox.put(result, lambda slot, target=target: outbox.copy(slot, target))
         sums = row_sums.at[warpgroup]
@@ -153,16 +126,31 @@ def _project_gradient_kernel(
         load,
         multiply,
         epilogue,
-        prologue,
+        prologue=lambda work: fetch(*place(work), 0),
     )
+
+
+def _differentiate(activation, blocks, d_activated, weight):
+    """([d_gate, d_up, weighted activation], ⟨d_activated, activation⟩ a row) of a block.
+
+    A few columns at a time, rounded at once: whole blocks in f32 would not fit the registers.
+    """
+    dtype = blocks[0].dtype
+    weight = lax.broadcast_in_dim(weight, d_activated.shape, (0,))
+    *gate, up = (block.astype(jnp.float32) for block in blocks)
+    value, slope = nonlinear(activation, gate[0]) if gate else nonlinear("swiglu", up)
+    activated = (value * up if gate else value).astype(dtype).astype(jnp.float32)
+    total = jnp.sum(d_activated * activated, axis=1)
+    d = weight * d_activated
+    d_inputs = [d * up * slope, d * value] if gate else [d * slope]
+    return [out.astype(dtype) for out in (*d_inputs, weight * activated)], total
 
 
 def project_gradient(
     dy_rows: BFloat16[Array, "P D"],
     groups: Groups,
     row_gates: Float32[Array, "P"],
-    gate: BFloat16[Array, "N H"],
-    up: BFloat16[Array, "N H"],
+    kept: list[BFloat16[Array, "N H"]],
     w_down: BFloat16[Array, "E H D"],
     *,
     activation: Activation,
@@ -171,37 +159,36 @@ def project_gradient(
     """The gradient before the activation, from that of the output and what was kept."""
     num_rows, hidden = dy_rows.shape[0], w_down.shape[1]
     columns = wide_columns(hidden)
-    blocks = (2, 2, HALF_ROWS, TILE_DEPTH)
+    blocks = (2, len(kept), HALF_ROWS, TILE_DEPTH)
     gemm = Gemm(
         "moe_project_gradient",
         ((TILE_ROWS, TILE_DEPTH), (columns, TILE_DEPTH)),
         (columns,),
         config.programs,
-        other_bytes=2 * 2 * 2 * HALF_ROWS * TILE_DEPTH + 2 * 4 * HALF_ROWS,
-    )
-    kernel = functools.partial(
-        _project_gradient_kernel, gemm=gemm, activation=activation, group=config.shared_tiles
+        other_bytes=2 * math.prod(blocks) + 2 * 4 * HALF_ROWS,
     )
     rows = jax.ShapeDtypeStruct((num_rows, hidden), gemm.dtype)
-    d_gates = jax.ShapeDtypeStruct((hidden // columns, num_rows), jnp.float32)
-    return ProjectedGradient(
-        *grouped_gemm.call(
-            gemm,
-            kernel,
-            [rows, rows, rows, d_gates],
-            *scalars(groups),
-            row_gates,
-            gate,
-            up,
-            dy_rows,
-            w_down,
-            scratch=[
-                grouped_gemm.swizzled(blocks, rows=1),
-                plgpu.Barrier(num_arrivals=2, num_barriers=2),
-                plgpu.SMEM((2, HALF_ROWS), jnp.float32),
-            ],
-        )
+    *d_inputs, weighted, d_gates = grouped_gemm.call(
+        gemm,
+        functools.partial(
+            _project_gradient_kernel, gemm=gemm, activation=activation, group=config.shared_tiles
+        ),
+        [
+            *[rows] * (len(kept) + 1),
+            jax.ShapeDtypeStruct((hidden // columns, num_rows), jnp.float32),
+        ],
+        *scalars(groups),
+        row_gates,
+        dy_rows,
+        w_down,
+        *kept,
+        scratch=[
+            grouped_gemm.swizzled(blocks, rows=1),
+            plgpu.Barrier(num_arrivals=len(kept), num_barriers=2),
+            plgpu.SMEM((2, HALF_ROWS), jnp.float32),
+        ],
     )
+    return ProjectedGradient(d_inputs, weighted, d_gates)
 
 
 def _weight_gradient_kernel(first_row, steps, lhs, *refs, gemm):
@@ -316,29 +303,26 @@ def backward(
 
 def _chunk_gradient(x, ids, gates, experts: Experts, kept: Kept, dy, activation, dtype, config):
     """((dx, d_gates), d_experts) of a chunk of tokens."""
-    dispatch = moe_dispatch(ids, num_experts=experts.w_up.shape[0])
+    num_experts = experts.w_up.shape[0]
+    dispatch = moe_dispatch(ids, num_experts=num_experts)
     groups = group_rows(dispatch)
-    offsets = dispatch.expert_token_offsets
-    counts = offsets[1:] - offsets[:-1]
-    x_rows, dy_rows = gather_rows(x, groups), gather_rows(dy.astype(x.dtype), groups)
-    gate, up = _gate_up(kept, x_rows, dispatch, groups, experts, activation, config)
+    counts = jnp.diff(dispatch.expert_token_offsets)
+    w_down, dy = jnp.asarray(experts.w_down), dy.astype(x.dtype)
+    x_rows, dy_rows = gather_rows(x, groups), gather_rows(dy, groups)
     before = project_gradient(
         dy_rows,
         groups,
-        _row_gates(gates, dispatch, groups),
-        gate,
-        up,
-        experts.w_down,
+        row_gates(gates, dispatch, groups),
+        _kept(kept, x_rows, dispatch, groups, experts, activation, config),
+        w_down,
         activation=activation,
         config=config,
     )
     gradient = functools.partial(weight_gradient, counts=counts, dtype=dtype, config=config)
-    d_w_gate, d_w_up = gradient(
-        x_rows, [before.d_gate, before.d_up], name="moe_input_weight_gradient"
-    )
+    *d_w_gate, d_w_up = gradient(x_rows, before.d_inputs, name="moe_input_weight_gradient")
     (d_w_down,) = gradient(before.weighted, [dy_rows], name="moe_output_weight_gradient")
     dx_rows = contract(
-        [(before.d_gate, experts.w_gate), (before.d_up, experts.w_up)],
+        list(zip(before.d_inputs, input_weights(experts), strict=True)),
         groups,
         name="moe_contract_gradient",
         transposed=True,
@@ -347,25 +331,46 @@ def _chunk_gradient(x, ids, gates, experts: Experts, kept: Kept, dy, activation,
     dx = combine(dx_rows, None, groups.rows).astype(x.dtype)
     d_gates = jnp.sum(before.d_gates, axis=0)[jnp.maximum(groups.rows, 0)]
     d_gates = jnp.where(groups.rows >= 0, d_gates, 0)
-    return (dx, d_gates), Experts(d_w_gate, d_w_up, d_w_down, None, None, None)
+    d_biases = [sum_by_expert(rows, groups, num_experts).astype(dtype) for rows in before.d_inputs]
+    d_b_down = None
+    if experts.b_down is not None:
+        d_b_down, of_gates = _output_bias_gradient(experts.b_down, gates, ids, dy, dtype)
+        d_gates += jnp.where(groups.rows >= 0, of_gates, 0)
+    return (dx, d_gates), Experts(
+        d_w_gate[0] if d_w_gate else None,
+        d_w_up,
+        d_w_down,
+        None if experts.b_gate is None else d_biases[0],
+        None if experts.b_up is None else d_biases[-1],
+        d_b_down,
+    )
 
 
-def _gate_up(kept: Kept | None, x_rows, dispatch: Dispatch, groups, experts, activation, config):
-    """What was kept, decoded; or both products anew."""
+def _output_bias_gradient(b_down, gates, ids, dy, dtype):
+    """(d_b_down, its part of d_gates): both are products over all experts, since K·D is wider."""
+    num_experts, f32 = b_down.shape[0], jnp.float32
+    matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    weights = gates_by_expert(gates, ids, num_experts)
+    d_b_down = matmul(weights.T, dy.astype(f32)).astype(dtype)
+    products = matmul(dy.astype(f32), b_down.astype(f32).T)
+    experts = jnp.clip(ids, 0, num_experts - 1)
+    return d_b_down, jnp.take_along_axis(products, experts, axis=1)
+
+
+def _kept(kept: Kept | None, x_rows, dispatch: Dispatch, groups, experts, activation, config):
+    """[gate, up] or [up]: what was kept, decoded; or the products anew."""
     if kept is None or kept.up is None:
-        projected = project(
+        kept = project(
             x_rows,
             groups,
             dispatch.expert_token_offsets,
-            experts.w_gate,
-            experts.w_up,
+            experts,
             num_pairs=dispatch.expert_token_indices.shape[0],
             activation=activation,
             keep=True,
             activated=False,
             config=config,
-        )
-        return projected.gate, projected.up
+        ).kept
 
     def decode(store):
         if not isinstance(store, tuple):
@@ -373,12 +378,4 @@ def _gate_up(kept: Kept | None, x_rows, dispatch: Dispatch, groups, experts, act
         codes, scales = store
         return (codes.astype(jnp.float32) * scales[:, None]).astype(x_rows.dtype)
 
-    return decode(kept.gate), decode(kept.up)
-
-
-def _row_gates(gates: Array, dispatch: Dispatch, groups: Groups) -> Float32[Array, "P"]:
-    """The gate of each row, 0 where there is no pair."""
-    own = in_expert_order(gates, dispatch)
-    inside = jnp.arange(TILE_ROWS, dtype=jnp.int32)
-    pairs = (groups.tiles.start[:, None] + inside).reshape(-1)
-    return jnp.where(groups.filled, own[jnp.minimum(pairs, own.size - 1)], 0)
+    return [decode(store) for store in kept if store is not None]
