@@ -80,9 +80,7 @@ def moe_ffn(
     """
     experts = Experts(w_gate, w_up, w_down, b_gate, b_up, b_down)
     _check(x, expert_ids, gates, experts, activation, save, chunk_tokens)
-    chosen = resolve(
-        "moe_ffn", backend, lambda: kernel_problem(x, w_up, expert_ids.shape[1]), wgmma=True
-    )
+    chosen = resolve("moe_ffn", backend, lambda: kernel_problem(x, w_up), wgmma=True)
     experts = jax.tree.map(jnp.asarray, experts)
     x, gates = jnp.asarray(x), jnp.asarray(gates)
     ids = jnp.asarray(expert_ids, jnp.int32)

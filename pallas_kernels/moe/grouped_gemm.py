@@ -181,7 +181,10 @@ def run(
 
             values = pl.run_scoped(
                 products,
-                *(plgpu.ACC((HALF_ROWS, n), jnp.float32) for n in gemm.accumulators),
+                *(
+                    plgpu.WGMMAAccumulatorRef((HALF_ROWS, n), jnp.float32)
+                    for n in gemm.accumulators
+                ),
             )
             pl.when(steps > 0)(lambda: free(steps - 1))
             epilogue(work, values)

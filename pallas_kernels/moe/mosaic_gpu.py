@@ -7,7 +7,7 @@ keeps, gate and up, is written without padding, row n for pair n.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +177,8 @@ def project(
         (columns,) * len(weights),
         config.programs,
     )
-    shapes = [(num_pairs, hidden), (num_experts, _TAIL, hidden)] * (len(weights) * keep)
+    store_rows = max(num_pairs, HALF_ROWS)  # no copy may be larger than its target
+    shapes = [(store_rows, hidden), (num_experts, _TAIL, hidden)] * (len(weights) * keep)
     shapes += [(x_rows.shape[0], hidden)] * activated
     out = grouped_gemm.call(
         gemm,
@@ -199,6 +200,7 @@ def project(
     if not keep:
         return Projected(rows, Kept(None, None))
     kept = [_put_tails(out[2 * n], out[2 * n + 1], offsets) for n in range(len(weights))]
+    kept = [store[:num_pairs] for store in kept]
     return Projected(rows, Kept(kept[0] if len(weights) == 2 else None, kept[-1]))
 
 
@@ -336,8 +338,9 @@ def forward(
             keep=keep is not None,
             config=config,
         )
+        terms: list[Any] = [(projected.hidden, experts.w_down)]
         rows = contract(
-            [(projected.hidden, jnp.asarray(experts.w_down))],
+            terms,
             groups,
             name="moe_contract",
             transposed=False,

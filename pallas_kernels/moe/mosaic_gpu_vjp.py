@@ -167,6 +167,8 @@ def project_gradient(
         config.programs,
         other_bytes=2 * math.prod(blocks) + 2 * 4 * HALF_ROWS,
     )
+    missing = max(0, HALF_ROWS - kept[0].shape[0])  # no copy may be larger than its source
+    kept = [jnp.pad(store, ((0, missing), (0, 0))) if missing else store for store in kept]
     rows = jax.ShapeDtypeStruct((num_rows, hidden), gemm.dtype)
     *d_inputs, weighted, d_gates = grouped_gemm.call(
         gemm,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.aot import aot_available, compile_for_h200
-from pallas_kernels.moe import moe_dispatch, saved_bytes
+from pallas_kernels.moe import moe_dispatch, moe_ffn, saved_bytes
 from pallas_kernels.moe.workloads import WORKLOADS
 
 pytestmark = [
@@ -66,6 +66,33 @@ def test_gradient(name):
     # x_rows, dy_rows and later dx_rows; d_gate, d_up and the weighted activation.
     transient = 2 * rows * (2 * workload.width + 3 * workload.hidden)
     assert report.temp_bytes < saved_bytes(*sizes) + transient + 64 * pairs
+
+
+@pytest.mark.parametrize("activation", ["geglu", "silu"])
+def test_biases_and_activations(activation):
+    workload = WORKLOADS["tiny"]
+    x, ids, gates, w_gate, w_up, w_down = workload.shapes()
+    hidden = jax.ShapeDtypeStruct(w_up.shape[::2], jnp.bfloat16)
+    biases = {"b_up": hidden, "b_down": jax.ShapeDtypeStruct(w_down.shape[::2], jnp.bfloat16)}
+    if activation == "silu":
+        w_gate = None
+    else:
+        biases["b_gate"] = hidden
+
+    def run(x, ids, gates, w_gate, w_up, w_down, biases):
+        def op(x, gates, w_gate, w_up, w_down, biases):
+            weights = (w_gate, w_up, w_down)
+            return moe_ffn(x, ids, gates, *weights, **biases, activation=activation)
+
+        y, pull = jax.vjp(op, x, gates, w_gate, w_up, w_down, biases)
+        return y, pull(x)
+
+    report = compile_for_h200(run, x, ids, gates, w_gate, w_up, w_down, biases)
+    kernels = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
+    assert len(kernels) == len(STAGE)
+    for kernel in kernels:
+        assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0
+        assert kernel.count("HGMMA") > 0
 
 
 def test_chunks_bound_the_memory():
