@@ -278,9 +278,8 @@ def _parse_sass(listing: str) -> dict[str, Counter[str]]:
     """Instruction counts of each function of a disassembly."""
     counts: dict[str, Counter[str]] = {}
     for function in re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]:
-        opcodes = re.findall(
-            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", function, re.MULTILINE
-        )
+        line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)"
+        opcodes = re.findall(line, function, re.MULTILINE)
         counts[function.split(maxsplit=1)[0]] = Counter(opcodes)
     return counts
 

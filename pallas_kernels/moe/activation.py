@@ -21,7 +21,7 @@ def activate(activation: Activation, gate: jax.Array | None, up: jax.Array) -> j
     up = up.astype(jnp.float32)
     if gate is None:
         return jax.nn.silu(up)
-    return _nonlinear(activation, gate.astype(jnp.float32))[0] * up
+    return nonlinear(activation, gate.astype(jnp.float32))[0] * up
 
 
 def activate_gradient(
@@ -30,12 +30,12 @@ def activate_gradient(
     """(d_gate, d_up) from the gradient of `activate`'s result; f32."""
     up = up.astype(jnp.float32)
     if gate is None:
-        return None, d_hidden * _nonlinear("swiglu", up)[1]
-    value, slope = _nonlinear(activation, gate.astype(jnp.float32))
+        return None, d_hidden * nonlinear("swiglu", up)[1]
+    value, slope = nonlinear(activation, gate.astype(jnp.float32))
     return d_hidden * up * slope, d_hidden * value
 
 
-def _nonlinear(activation: Activation, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def nonlinear(activation: Activation, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(f(x), f'(x)): SiLU, or the tanh form of GELU."""
     if activation == "geglu":
         inner = _GELU_SLOPE * (x + 0.044715 * x**3)

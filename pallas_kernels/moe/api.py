@@ -4,7 +4,7 @@ Letters: T tokens, D width, E experts, H hidden width of an expert, K experts a 
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from pallas_kernels._backend import Backend, resolve
 from pallas_kernels.moe import ref
 from pallas_kernels.moe.activation import ACTIVATIONS, Activation, is_gated
-from pallas_kernels.moe.config import MoeConfig
+from pallas_kernels.moe.config import MoeConfig, kernel_problem
 from pallas_kernels.moe.dispatch import moe_dispatch
 from pallas_kernels.moe.ref import Experts
 
@@ -65,8 +65,9 @@ def moe_ffn(
         (f32 doubles D and KH terms but those of fp8; "silu" has no gate: half the H terms and, in
         fp8, of the scales.) "x" and "gate_up" give the same gradients but for rounding.
       chunk_tokens: tokens whose gathered rows exist at once, in a kernel; the XLA backend gathers
-        one tile at a time whatever it is.
-      backend: "xla", or None for the best supported; a name never falls back.
+        one tile at a time whatever it is. None takes all tokens at once.
+      backend: "xla"; "mosaic_gpu" for bf16 x on Hopper, D and H multiples of 128; or None for
+        the best supported. A name never falls back.
       config: tile sizes; None takes the heuristic.
 
     Raises:
@@ -79,14 +80,15 @@ def moe_ffn(
     """
     experts = Experts(w_gate, w_up, w_down, b_gate, b_up, b_down)
     _check(x, expert_ids, gates, experts, activation, save, chunk_tokens)
-    resolve("moe_ffn", backend, lambda: "moe_ffn has no such kernel")
+    chosen = resolve("moe_ffn", backend, lambda: kernel_problem(x, w_up), wgmma=True)
     experts = jax.tree.map(jnp.asarray, experts)
     x, gates = jnp.asarray(x), jnp.asarray(gates)
     ids = jnp.asarray(expert_ids, jnp.int32)
     if ids.size == 0:
         return jnp.zeros_like(x)
     tiles = config or MoeConfig.heuristic(ids.size, w_up.shape[0])
-    return _ffn(x, ids, gates.astype(jnp.float32), experts, activation, save, tiles)
+    how = _How(activation, save, chunk_tokens, chosen, tiles)
+    return _ffn(x, ids, gates.astype(jnp.float32), experts, how)
 
 
 def saved_bytes(
@@ -110,32 +112,79 @@ def saved_bytes(
     return num_tokens * width * itemsize + kept[save] + 8 * pairs
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _ffn(x, ids, gates, experts: Experts, activation, save, config: MoeConfig):
-    return _forward(x, ids, gates, experts, activation, None, config)[0]
+class _How(NamedTuple):
+    """Static arguments."""
+
+    activation: Activation
+    save: Save
+    chunk_tokens: int | None
+    backend: Backend
+    config: MoeConfig
 
 
-def _forward(x, ids, gates, experts, activation, keep, config) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ffn(x, ids, gates, experts: Experts, how: _How):
+    return _forward(x, ids, gates, experts, None, how)[0]
+
+
+def _forward(x, ids, gates, experts, keep, how: _How) -> Any:
+    if how.backend == "mosaic_gpu":
+        from pallas_kernels.moe import mosaic_gpu  # 1 s of imports that the CPU never needs
+
+        return mosaic_gpu.forward(
+            x,
+            ids,
+            gates,
+            experts,
+            activation=how.activation,
+            keep=keep,
+            chunk_tokens=how.chunk_tokens,
+            config=how.config,
+        )
     dispatch = moe_dispatch(ids, num_experts=experts.w_up.shape[0])
     y, kept = ref.forward(
-        x, dispatch, gates, experts, activation=activation, tile_rows=config.tile_rows, keep=keep
+        x,
+        dispatch,
+        gates,
+        experts,
+        activation=how.activation,
+        tile_rows=how.config.tile_rows,
+        keep=keep,
     )
     return y.astype(x.dtype), kept
 
 
-def _ffn_forward(x, ids, gates, experts, activation, save, config):
-    keep = None if save == "x" else save
-    y, kept = _forward(x, ids, gates, experts, activation, keep, config)
+def _ffn_forward(x, ids, gates, experts, how: _How):
+    keep = None if how.save == "x" else how.save
+    y, kept = _forward(x, ids, gates, experts, keep, how)
     return y, (x, ids, gates, experts, kept)
 
 
-def _ffn_backward(activation, save, config, residuals, dy):
+def _ffn_backward(how: _How, residuals, dy):
     x, ids, gates, experts, kept = residuals
-    # Rebuilt from the ids: cheaper than keeping the four structures.
-    dispatch = moe_dispatch(ids, num_experts=experts.w_up.shape[0])
-    dx, d_gates, d_experts = ref.backward(
-        x, dispatch, gates, experts, kept, dy, activation=activation, tile_rows=config.tile_rows
-    )
+    if how.backend == "mosaic_gpu":
+        from pallas_kernels.moe import mosaic_gpu_vjp
+
+        dx, d_gates, d_experts = mosaic_gpu_vjp.backward(
+            *residuals,
+            dy,
+            activation=how.activation,
+            chunk_tokens=how.chunk_tokens,
+            config=how.config,
+        )
+    else:
+        # Rebuilt from the ids: cheaper than keeping the four structures.
+        dispatch = moe_dispatch(ids, num_experts=experts.w_up.shape[0])
+        dx, d_gates, d_experts = ref.backward(
+            x,
+            dispatch,
+            gates,
+            experts,
+            kept,
+            dy,
+            activation=how.activation,
+            tile_rows=how.config.tile_rows,
+        )
     d_experts = jax.tree.map(lambda d, w: d.astype(w.dtype), d_experts, experts)
     return dx.astype(x.dtype), None, d_gates, d_experts
 

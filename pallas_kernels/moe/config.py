@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+
+KERNEL_MULTIPLE = 128
+
 
 @dataclass(frozen=True)
 class MoeConfig:
@@ -9,16 +13,31 @@ class MoeConfig:
 
     Attributes:
       tile_rows: pairs of one expert that the XLA reference computes at once.
+      programs: thread blocks of each kernel; 132 is one for each multiprocessor of an H200.
+      shared_tiles: row tiles that a kernel takes through all columns before the next ones.
     """
 
     tile_rows: int = 128
+    programs: int = 132
+    shared_tiles: int = 8
 
     def __post_init__(self):
-        if self.tile_rows < 1:
-            raise ValueError(f"MoeConfig.tile_rows is {self.tile_rows}; expected at least 1")
+        for name in ("tile_rows", "programs", "shared_tiles"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MoeConfig.{name} is {getattr(self, name)}; expected at least 1")
 
     @classmethod
     def heuristic(cls, num_pairs: int, num_experts: int) -> "MoeConfig":
         """Tiles about as large as an expert's share, 8 to 256, so that few are half empty."""
         share = max(1, num_pairs // max(1, num_experts))
         return cls(tile_rows=min(256, max(8, 1 << (share - 1).bit_length())))
+
+
+def kernel_problem(x, w_up) -> str | None:
+    """What keeps the kernels from these arguments, or None."""
+    if x.dtype != jnp.bfloat16:
+        return f"x is {x.dtype}; the kernels multiply bfloat16 only"
+    for name, size in (("D", x.shape[1]), ("H", w_up.shape[2])):
+        if size % KERNEL_MULTIPLE:
+            return f"{name}={size}; the kernels need a multiple of {KERNEL_MULTIPLE}"
+    return None

@@ -3,6 +3,7 @@
 Letters: T tokens, K experts a token, E experts, N = T·K pairs.
 """
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -52,29 +53,27 @@ def moe_dispatch(
       expert_ids: the K experts of each token. An id outside 0 … E - 1 is routed nowhere, which
         suits padding. An expert named twice gets the token twice.
       num_experts: E.
-      method: "count" ranks pairs by counting, block after block; "sort" sorts them, stably. The
-        result is the same. None counts up to 256 experts.
+      method: "count" ranks pairs by counting in blocks; "sort" sorts them, stably. The result is
+        the same. None sorts on a CPU and for more than 256 experts, and counts otherwise.
       checked: raises for ids that are out of range; needs concrete ids, so cannot be traced.
 
     Raises:
       ValueError: E < 1, K > E, an unknown method, or (checked) an id that is no expert.
 
-    Cost: "count" takes 2·64·E operations a pair (a triangular matrix product, 64 pairs at a time)
-    and 64·E floats of memory beside the result; "sort" one stable sort of N keys.
-    Source: MoEBlaze (arXiv 2601.05296), the four structures; ranks by prefix products instead of
+    Cost: "count" takes 64 + E comparisons a pair, in nine kernels without a loop on a GPU, and
+    there memory for N·E/64 counts beside the result; "sort" one stable sort of N keys.
+    Source: MoEBlaze (arXiv 2601.05296), the four structures; ranks by counts of blocks instead of
     its [T, E] map.
     """
     _check(expert_ids, num_experts, method)
     if checked:
         _check_ids(expert_ids, num_experts)
     ids = jnp.asarray(expert_ids, jnp.int32)
-    by_count = method == "count" if method else num_experts <= SORT_FREE_EXPERTS
     flat = ids.reshape(-1)
     routed = (flat >= 0) & (flat < num_experts)
     # Pairs that go nowhere belong to an expert E, behind all the others.
     group = jnp.where(routed, flat, num_experts)
-    order = _by_count if by_count else _by_sort
-    positions, offsets = order(group, num_experts + 1)
+    positions, offsets = _order(group, num_experts + 1, method)
     slots = ids.shape[1]
     tokens = jnp.arange(flat.size, dtype=jnp.int32) // slots
     return Dispatch(
@@ -119,31 +118,43 @@ def group_tiles(offsets: Int32[jax.Array, "E1"], num_pairs: int, tile_rows: int)
     tiles = (counts + tile_rows - 1) // tile_rows
     ends = jnp.cumsum(tiles)
     at = jnp.arange(bound, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(ends, at, side="right"), num_experts - 1)
-    expert = expert.astype(jnp.int32)
+    # The experts whose tiles end before; compared with all ends, as a search would be a loop.
+    expert = jnp.sum(ends <= at[:, None], axis=1, dtype=jnp.int32)
+    expert = jnp.minimum(expert, num_experts - 1)
     inside = (at - (ends - tiles)[expert]) * tile_rows
     size = jnp.where(at < ends[-1], jnp.clip(counts[expert] - inside, 0, tile_rows), 0)
     return Tiles(expert, offsets[expert] + inside, size, ends[-1].astype(jnp.int32))
 
 
+def _order(group: Int32[jax.Array, "N"], num_groups: int, method: Method | None):
+    """Sorting wins on a CPU, which has neither a sort's many kernels to launch nor their waits."""
+    count, sort = (partial(rank, num_groups=num_groups) for rank in (_by_count, _by_sort))
+    if method:
+        return count(group) if method == "count" else sort(group)
+    if num_groups - 1 > SORT_FREE_EXPERTS:
+        return sort(group)
+    return lax.platform_dependent(group, cpu=sort, default=count)
+
+
 def _by_count(group: Int32[jax.Array, "N"], num_groups: int) -> tuple[jax.Array, jax.Array]:
-    """(place of each pair in group order, group starts [G + 1]) from running counts."""
-    num_blocks = -(-group.size // _BLOCK)
+    """(place of each pair in group order, group starts [G + 1]) from counts, block by block.
+
+    All blocks at once: a pair's rank is what its own block holds before it, which comparing it with
+    the block tells, and what earlier blocks hold, which a running sum of their counts tells.
+    """
+    num_blocks = max(1, -(-group.size // _BLOCK))
     padded = jnp.pad(group, (0, num_blocks * _BLOCK - group.size), constant_values=num_groups)
-    before = jnp.tril(jnp.ones((_BLOCK, _BLOCK), jnp.float32), -1)
-
-    def block(counts: Int32[jax.Array, "G"], members: Int32[jax.Array, "B"]):
-        # One-hot rows times a triangle count the earlier members of each group, exactly in f32.
-        chosen = jax.nn.one_hot(members, num_groups, dtype=jnp.float32)
-        earlier = jnp.dot(before, chosen, precision=lax.Precision.HIGHEST)
-        ranks = jnp.sum(earlier * chosen, axis=1).astype(jnp.int32)
-        own = counts[jnp.minimum(members, num_groups - 1)]
-        return counts + jnp.sum(chosen, axis=0).astype(jnp.int32), own + ranks
-
-    counts = jnp.zeros(num_groups, jnp.int32)
-    counts, ranks = lax.scan(block, counts, padded.reshape(num_blocks, _BLOCK))
-    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
-    return offsets[group] + ranks.reshape(-1)[: group.size], offsets
+    blocks = padded.reshape(num_blocks, _BLOCK)
+    earlier = jnp.tril(jnp.ones((_BLOCK, _BLOCK), bool), -1)
+    same = (blocks[:, :, None] == blocks[:, None, :]) & earlier
+    inside = jnp.sum(same, axis=2, dtype=jnp.int32).reshape(-1)[: group.size]
+    members = blocks[:, None, :] == jnp.arange(num_groups, dtype=jnp.int32)[:, None]
+    counts = jnp.sum(members, axis=2, dtype=jnp.int32)
+    ends = jnp.cumsum(counts, axis=0)
+    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(ends[-1], dtype=jnp.int32)])
+    starts = offsets[:-1] + ends - counts
+    block = jnp.arange(group.size, dtype=jnp.int32) // _BLOCK
+    return starts[block, group] + inside, offsets
 
 
 def _by_sort(group: Int32[jax.Array, "N"], num_groups: int) -> tuple[jax.Array, jax.Array]:

@@ -63,24 +63,29 @@ def test_equals_a_stable_sort(tokens, slots, num_experts, padded, seed):
 @pytest.mark.parametrize("pairs", [1, 63, 64, 65, 3001])
 def test_sizes(pairs, num_experts):
     ids = np.random.default_rng(pairs).zipf(1.3, (pairs, 1)) % num_experts
-    check(ids.astype(np.int32), num_experts, None)
+    for method in ("count", "sort"):
+        check(ids.astype(np.int32), num_experts, method)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pairs", "num_experts"), [(2_097_152, 64), (100_003, 50_000)])
-def test_large_sizes(pairs, num_experts):
+@pytest.mark.parametrize(
+    ("pairs", "num_experts", "method"),
+    [(2_097_152, 64, "sort"), (524_288, 64, "count"), (100_003, 50_000, None)],
+)
+def test_large_sizes(pairs, num_experts, method):
     ids = np.random.default_rng(0).integers(0, num_experts, (pairs // 2, 2)).astype(np.int32)
-    check(ids, num_experts, None)
+    check(ids, num_experts, method)
 
 
-def test_counting_is_chosen_for_few_experts_and_sorts_nothing():
-    def text(num_experts):
+def test_counting_is_chosen_for_few_experts_on_a_gpu_and_sorts_nothing():
+    def text(num_experts, platform):
         ids = jax.ShapeDtypeStruct((1000, 2), jnp.int32)
-        lowered = jax.jit(lambda i: moe_dispatch(i, num_experts=num_experts)).lower(ids)
-        return lowered.as_text()
+        traced = jax.jit(lambda i: moe_dispatch(i, num_experts=num_experts)).trace(ids)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
 
-    assert "sort" not in text(256).replace("indices_are_sorted", "")
-    assert "stablehlo.sort" in text(257)
+    assert "sort" not in text(256, "cuda").replace("indices_are_sorted", "")
+    assert "stablehlo.sort" in text(257, "cuda")
+    assert "stablehlo.sort" in text(256, "cpu")
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,0 +1,113 @@
+"""The MoE kernels as the compiler sees them: no spills, full tensor-core tiles, bounded memory."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.aot import aot_available, compile_for_h200
+from pallas_kernels.moe import moe_dispatch, moe_ffn, saved_bytes
+from pallas_kernels.moe.workloads import WORKLOADS
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(aot_available() is not None, reason=str(aot_available())),
+]
+# Matrix instructions [64, columns, 16] that a warpgroup issues for a stage 64 deep: the fewest that
+# the tile can do with, 128 columns for each of two accumulators and 256 for one.
+STAGE = {
+    "moe_project": ("HGMMA.64x128x16", 8),
+    "moe_contract": ("HGMMA.64x256x16", 4),
+    "moe_project_gradient": ("HGMMA.64x256x16", 4),
+    "moe_input_weight_gradient": ("HGMMA.64x128x16", 8),
+    "moe_output_weight_gradient": ("HGMMA.64x256x16", 4),
+    "moe_contract_gradient": ("HGMMA.64x256x16", 4),
+}
+
+
+def check(report, names):
+    for name in names:
+        kernel = report.kernel(f"{name}_mosaic_gpu")
+        assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0, name
+        assert kernel.registers <= 168, "three warpgroups fit 65,536 registers"
+        instruction, count = STAGE[name]
+        issued = kernel.count(instruction)
+        assert issued == kernel.count("HGMMA"), f"{name} has matrix instructions of another shape"
+        assert issued > 0
+        assert issued % count == 0, "a whole number of stages"
+        assert kernel.count("UTMALDG") >= 2
+        assert kernel.count("UTMASTG") >= 2
+    mosaic = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
+    assert len(mosaic) == len(names)
+    for kernel in report.kernels:
+        atomics = sum(kernel.count(opcode) for opcode in ("ATOMG", "RED", "REDG"))
+        assert atomics == 0, f"{kernel.name} would not be deterministic"
+
+
+def test_forward():
+    workload = WORKLOADS["sonic_7b"]
+    report = compile_for_h200(workload.run, *workload.shapes())  # no name means the kernel
+    check(report, ["moe_project", "moe_contract"])
+    rows, pairs = workload.rows_bound(), workload.num_pairs
+    transient = 2 * rows * (workload.width + workload.hidden)  # one [P, D] at a time, and [P, H]
+    assert report.temp_bytes < transient + 64 * pairs
+
+
+@pytest.mark.parametrize("name", ["conf3", "sonic_7b"])
+def test_gradient(name):
+    workload = WORKLOADS[name]
+    run = functools.partial(workload.gradient, backend="mosaic_gpu")
+    report = compile_for_h200(run, *workload.shapes())
+    check(report, list(STAGE))
+    rows, pairs = workload.rows_bound(), workload.num_pairs
+    sizes = (workload.num_tokens, workload.width, workload.hidden, workload.slots)
+    # x_rows, dy_rows and later dx_rows; d_gate, d_up and the weighted activation.
+    transient = 2 * rows * (2 * workload.width + 3 * workload.hidden)
+    assert report.temp_bytes < saved_bytes(*sizes) + transient + 64 * pairs
+
+
+@pytest.mark.parametrize("activation", ["geglu", "silu"])
+def test_biases_and_activations(activation):
+    workload = WORKLOADS["tiny"]
+    x, ids, gates, w_gate, w_up, w_down = workload.shapes()
+    hidden = jax.ShapeDtypeStruct(w_up.shape[::2], jnp.bfloat16)
+    biases = {"b_up": hidden, "b_down": jax.ShapeDtypeStruct(w_down.shape[::2], jnp.bfloat16)}
+    if activation == "silu":
+        w_gate = None
+    else:
+        biases["b_gate"] = hidden
+
+    def run(x, ids, gates, w_gate, w_up, w_down, biases):
+        def op(x, gates, w_gate, w_up, w_down, biases):
+            weights = (w_gate, w_up, w_down)
+            return moe_ffn(x, ids, gates, *weights, **biases, activation=activation)
+
+        y, pull = jax.vjp(op, x, gates, w_gate, w_up, w_down, biases)
+        return y, pull(x)
+
+    report = compile_for_h200(run, x, ids, gates, w_gate, w_up, w_down, biases)
+    kernels = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
+    assert len(kernels) == len(STAGE)
+    for kernel in kernels:
+        assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0
+        assert kernel.count("HGMMA") > 0
+
+
+def test_chunks_bound_the_memory():
+    workload = dataclasses.replace(WORKLOADS["gh200"], chunk_tokens=1024, save="x")
+    report = compile_for_h200(workload.run, *workload.shapes())
+    check(report, ["moe_project", "moe_contract"])
+    chunk = dataclasses.replace(workload, num_tokens=1024)
+    transient = 2 * chunk.rows_bound() * (workload.width + workload.hidden)
+    results = 2 * workload.num_tokens * workload.width
+    assert report.temp_bytes < transient + results + 64 * chunk.num_pairs
+
+
+def test_dispatch_is_a_few_kernels_without_a_loop():
+    ids = jax.ShapeDtypeStruct((24_576, 8), jnp.int32)
+    report = compile_for_h200(functools.partial(moe_dispatch, num_experts=128), ids)
+    assert "while" not in report.hlo_text
+    assert len(report.kernels) <= 10
+    assert report.temp_bytes < 24 * ids.size

@@ -1,0 +1,280 @@
+"""The kernels against the reference: simulated with race detection, and compiled on a GPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from simulated_moe import residuals, value_and_gradients
+
+from pallas_kernels._testing import simulate
+from pallas_kernels.moe import MoeConfig, moe_ffn, ref, saved_bytes
+from pallas_kernels.moe.chunks import Chunks
+from pallas_kernels.moe.config import kernel_problem
+from pallas_kernels.moe.dispatch import group_tiles, moe_dispatch
+from pallas_kernels.moe.groups import TILE_ROWS
+from pallas_kernels.moe.workloads import WORKLOADS
+
+FORWARD = "pallas_kernels.moe.mosaic_gpu:forward"
+BACKWARD = "pallas_kernels.moe.mosaic_gpu_vjp:backward"
+CONFIG = MoeConfig(programs=2, shared_tiles=2)
+EXPERTS = 4
+
+
+def routing(name, rng):
+    """Expert ids [T, 2] of four experts."""
+    if name == "empty":  # one expert without tokens; groups of odd sizes
+        return rng.permuted(np.tile([0, 1, 3], (75, 1)), axis=1)[:, :2]
+    if name == "one takes all":  # the second slot of most tokens is routed nowhere
+        ids = np.full((150, 2), [2, -1])
+        ids[::40, 1] = 4
+        return ids
+    assert name == "whole tiles"  # no row of any tile is empty
+    return np.repeat(rng.permuted([[0, 1], [1, 3]], axis=1), 128, axis=0)
+
+
+def arguments(name, *, width=128, hidden=128, activation="swiglu", bias=False, seed=0):
+    """x, ids, gates and experts; gates of unrouted pairs are NaN."""
+    rng = np.random.default_rng(seed)
+    ids = routing(name, rng).astype(np.int32)
+
+    def normal(*shape, scale=1.0):
+        return np.asarray(scale * rng.standard_normal(shape), jnp.bfloat16)
+
+    x = normal(ids.shape[0], width)
+    gates = rng.random(ids.shape, np.float32)
+    unrouted = (ids < 0) | (ids >= EXPERTS)
+    gates[unrouted] = np.nan
+    inner = (EXPERTS, width, hidden)
+    w_gate, w_up = (normal(*inner, scale=width**-0.5) for _ in range(2))
+    w_down = normal(EXPERTS, hidden, width, scale=hidden**-0.5)
+    b_gate, b_up, b_down = (
+        normal(EXPERTS, size) if bias else None for size in (hidden, hidden, width)
+    )
+    if activation == "silu":
+        w_gate = b_gate = None
+    return x, ids, gates, ref.Experts(w_gate, w_up, w_down, b_gate, b_up, b_down)
+
+
+def reference(x, ids, gates, experts, activation, keep="gate_up"):
+    """y and what is kept, of f32 products of the same inputs."""
+    dispatch = moe_dispatch(ids, num_experts=EXPERTS)
+    gates = np.where(np.asarray(dispatch.token_index_map) < 0, 0, gates)
+    return ref.forward(
+        jnp.asarray(x),
+        dispatch,
+        jnp.asarray(gates),
+        jax.tree.map(jnp.asarray, experts),
+        activation=activation,
+        tile_rows=64,
+        keep=keep,
+    )
+
+
+def reference_gradient(x, ids, gates, experts, kept, dy, activation):
+    """(dx, d_gates, d_experts) of `reference`."""
+    dispatch = moe_dispatch(ids, num_experts=EXPERTS)
+    gates = np.where(np.asarray(dispatch.token_index_map) < 0, 0, gates)
+    arrays = jax.tree.map(jnp.asarray, (x, gates, experts, kept, dy))
+    x, gates, experts, kept, dy = arrays
+    return ref.backward(x, dispatch, gates, experts, kept, dy, activation=activation, tile_rows=64)
+
+
+def close(got, want, tolerance=1e-2):
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+CASES = [
+    # routing, tokens of a chunk, width, hidden width, activation, biases
+    ("empty", None, 128, 256, "swiglu", False),
+    ("one takes all", 100, 128, 128, "geglu", True),
+    ("whole tiles", None, 256, 128, "silu", True),
+]
+
+
+def poisoned(kept, ids):
+    """Residuals of the pairs that are routed; those of the others are never written."""
+    routed = np.sum((ids >= 0) & (ids < EXPERTS))
+    return jax.tree.map(lambda store: np.asarray(store.at[routed:].set(np.nan)), kept)
+
+
+@pytest.mark.slow
+def test_simulated_forward_equals_reference_without_races():
+    calls, wanted = [], []
+    for name, chunk_tokens, width, hidden, activation, bias in CASES:
+        args = arguments(name, width=width, hidden=hidden, activation=activation, bias=bias)
+        options = {"activation": activation, "keep": "gate_up", "config": CONFIG}
+        calls.append((args, options | {"chunk_tokens": chunk_tokens}))
+        wanted.append(reference(*args, activation))
+    results = simulate(FORWARD, calls, timeout_s=400)
+    for (args, options), (y, kept), (want, want_kept) in zip(calls, results, wanted, strict=True):
+        close(y, want)
+        if options["chunk_tokens"] is not None:  # rows then follow the chunks' own order
+            pairs = sum(store.size for store in jax.tree.leaves(kept)) // 2 // hidden_of(args)
+            assert pairs == args[1].size
+            continue
+        assert kept[0] is None
+        stores = [jax.tree.leaves(tree) for tree in (kept[1], poisoned(want_kept, args[1]))]
+        for store, want in zip(*stores, strict=True):
+            assert store.shape == want.shape
+            routed = ~np.isnan(np.asarray(want, np.float32))
+            close(np.where(routed, store, 0), np.where(routed, want, 0))
+
+
+def hidden_of(args):
+    return args[3].w_up.shape[2]
+
+
+@pytest.mark.slow
+def test_simulated_backward_equals_reference_without_races():
+    """Residuals of unrouted pairs, their gates, and all rows behind a group are poisoned."""
+    calls, wanted = [], []
+    for name, chunk_tokens, width, hidden, activation, bias in CASES:
+        args = arguments(name, width=width, hidden=hidden, activation=activation, bias=bias)
+        x, ids, gates, experts = args
+        rng = np.random.default_rng(1)
+        dy = np.asarray(rng.standard_normal(x.shape), jnp.bfloat16)
+        _, kept = reference(x, ids, gates, experts, activation)
+        # A chunk recomputes gate and up; the others take what was kept.
+        given = None if chunk_tokens else Chunks(None, poisoned(kept, ids))
+        calls.append(
+            (
+                (x, ids, gates, experts, given, dy),
+                {"activation": activation, "chunk_tokens": chunk_tokens, "config": CONFIG},
+            )
+        )
+        wanted.append(reference_gradient(x, ids, gates, experts, kept, dy, activation))
+    results = simulate(BACKWARD, calls, timeout_s=400)
+    for got, want in zip(results, wanted, strict=True):
+        for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            close(ours, theirs)
+    for gradient in jax.tree.leaves(results[0][2]):
+        assert not np.any(gradient[2]), "the expert without tokens"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", ["gate_up", "gate_up_fp8"])
+def test_simulated_op_in_chunks_equals_reference(save):
+    """64, 64 and 22 tokens: what the forward pass keeps of a chunk, its backward pass reads."""
+    x, ids, gates, experts = arguments("empty", bias=True)
+    rng = np.random.default_rng(2)
+    dy = np.asarray(rng.standard_normal(x.shape), jnp.bfloat16)
+    how = {"activation": "swiglu", "save": save, "chunk_tokens": 64, "config": CONFIG}
+    call = "simulated_moe:value_and_gradients"
+    [(y, grads)] = simulate(call, [((x, ids, gates, experts, dy), how)], timeout_s=400)
+    want, kept = reference(x, ids, gates, experts, "swiglu")
+    close(y, want)
+    wanted = reference_gradient(x, ids, gates, experts, kept, dy, "swiglu")
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+        close(ours, theirs, 1e-2 if save == "gate_up" else 5e-2)
+
+
+@pytest.mark.parametrize("save", ["gate_up", "gate_up_fp8", "x"])
+@pytest.mark.parametrize("chunk_tokens", [None, 64])
+@pytest.mark.parametrize("activation", ["swiglu", "silu"])
+def test_kept_bytes_are_the_formula(save, chunk_tokens, activation):
+    x, ids, gates, experts = arguments("empty", activation=activation)
+    how = {"activation": activation, "save": save, "chunk_tokens": chunk_tokens, "config": CONFIG}
+    run = functools.partial(residuals, **how)
+    _, pull = jax.eval_shape(run, x, ids, np.nan_to_num(gates), experts)
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+    weights = sum(weight.nbytes for weight in jax.tree.leaves(experts))
+    (tokens, width), hidden = x.shape, experts.w_up.shape[2]
+    formula = saved_bytes(tokens, width, hidden, ids.shape[1], save=save, activation=activation)
+    assert kept - weights == formula
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden", "dtype", "problem"),
+    [
+        ((64, 128), 128, jnp.float32, "x is float32"),
+        ((64, 100), 128, jnp.bfloat16, "D=100"),
+        ((64, 128), 100, jnp.bfloat16, "H=100"),
+        ((1, 128), 128, jnp.bfloat16, None),
+    ],
+)
+def test_unsupported_calls_are_explained(shape, hidden, dtype, problem):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    w_up = jax.ShapeDtypeStruct((4, shape[1], hidden), jnp.bfloat16)
+    found = kernel_problem(x, w_up)
+    assert found is None if problem is None else problem in (found or "")
+
+
+def test_workload_arrays_have_the_announced_shapes():
+    workload = WORKLOADS["tiny"]
+    arrays = workload.arrays(0)
+    for array, shape, again in zip(arrays, workload.shapes(), workload.arrays(0), strict=True):
+        assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
+        np.testing.assert_array_equal(array, again)
+    y, *gradients = workload.gradient(*map(jnp.asarray, arrays))
+    assert y.shape == arrays[0].shape
+    assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in (y, *gradients))
+    assert workload.floor_flops() == 6 * 160 * 128 * 128
+
+
+@pytest.mark.parametrize("name", ["conf1", "conf7", "sonic_7b", "sonic_7b_skewed", "gh200"])
+def test_tiles_are_nearly_full(name):
+    """Rows that are computed, against pairs: what padding adds to every product."""
+    workload = dataclasses.replace(WORKLOADS[name], width=1, hidden=1)
+    _, ids, *_ = workload.arrays(0)
+    dispatch = moe_dispatch(ids, num_experts=workload.num_experts)
+    tiles = group_tiles(dispatch.expert_token_offsets, ids.size, TILE_ROWS)
+    rows = TILE_ROWS * int(tiles.used)
+    assert ids.size <= rows <= 1.05 * ids.size
+    assert rows <= workload.rows_bound()
+    assert int(jnp.sum(tiles.size)) == ids.size
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+class TestOnGpu:
+    @pytest.mark.parametrize("name", ["empty", "one takes all", "whole tiles"])
+    @pytest.mark.parametrize("save", ["gate_up", "gate_up_fp8", "x"])
+    @pytest.mark.parametrize("chunk_tokens", [None, 64])
+    def test_equals_reference(self, name, save, chunk_tokens):
+        x, ids, gates, experts = jax.tree.map(jnp.asarray, arguments(name, width=512, hidden=384))
+        gates = jnp.where(jnp.isnan(gates), 0, gates)
+        dy = jax.random.normal(jax.random.key(1), x.shape).astype(x.dtype)
+
+        def run(backend):
+            def op(x, gates, *weights):
+                return moe_ffn(
+                    x, ids, gates, *weights, save=save, chunk_tokens=chunk_tokens, backend=backend
+                )
+
+            y, pull = jax.vjp(op, x, gates, *experts[:3])
+            return y, *pull(dy)
+
+        compiled = jax.jit(run, static_argnums=0)
+        first, second = compiled("mosaic_gpu"), compiled("mosaic_gpu")
+        for got, again, want in zip(first, second, run("xla"), strict=True):
+            np.testing.assert_array_equal(got, again)
+            close(got, want, 5e-2 if save == "gate_up_fp8" else 2e-2)
+
+    @pytest.mark.parametrize("activation", ["swiglu", "geglu", "silu"])
+    def test_activations_and_biases(self, activation):
+        x, ids, gates, experts = jax.tree.map(
+            jnp.asarray, arguments("empty", width=384, activation=activation, bias=True)
+        )
+        how = {"activation": activation, "save": "gate_up", "chunk_tokens": None}
+        dy = jax.random.normal(jax.random.key(1), x.shape).astype(x.dtype)
+        y, grads = value_and_gradients(x, ids, gates, experts, dy, config=MoeConfig(), **how)
+        want, kept = reference(x, ids, gates, experts, activation)
+        close(y, want, 2e-2)
+        wanted = reference_gradient(x, ids, gates, experts, kept, dy, activation)
+        for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+            close(ours, theirs, 2e-2)
+
+    @pytest.mark.parametrize("name", ["gh200", "sonic_7b_skewed"])
+    def test_workloads_run_the_kernels(self, name):
+        workload = WORKLOADS[name]
+        arrays = [jax.device_put(array) for array in workload.arrays(0)]
+        compiled = jax.jit(workload.gradient).lower(*arrays).compile()
+        assert "moe_project_gradient_mosaic_gpu" in (compiled.as_text() or "")
+        for got, want in zip(
+            compiled(*arrays), workload.gradient(*arrays, backend="xla"), strict=True
+        ):
+            close(got, want, 2e-2)
