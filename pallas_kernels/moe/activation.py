@@ -36,11 +36,12 @@ def activate_gradient(
 
 
 def nonlinear(activation: Activation, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(f(x), f'(x)): SiLU, or the tanh form of GELU."""
+    """(f(x), f'(x)): SiLU, or the tanh form of GELU; both are x times a sigmoid."""
     if activation == "geglu":
-        inner = _GELU_SLOPE * (x + 0.044715 * x**3)
-        tanh = jnp.tanh(inner)
-        slope = _GELU_SLOPE * (1 + 3 * 0.044715 * x**2)
-        return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * slope
-    sigmoid = jax.nn.sigmoid(x)
-    return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+        square = x * x
+        gate = 0.5 + 0.5 * jnp.tanh(_GELU_SLOPE * x * (1 + 0.044715 * square))
+        slope = 2 * _GELU_SLOPE * (1 + 3 * 0.044715 * square)
+    else:
+        gate, slope = jax.nn.sigmoid(x), 1.0
+    value = x * gate
+    return value, gate + value * (1 - gate) * slope

@@ -97,9 +97,9 @@ def place(work, used, num_columns: int, group: int):
 def run(
     gemm: Gemm,
     ring: tuple[Any, ...],
-    num_works: Any,
+    num_works: Callable[[], Any],
     num_steps: Callable[[Any], Any],
-    load: Callable[[Any, Any, Any], Any],
+    load: Callable[[Any], Callable[[Any, Any], Any]],
     multiply: Callable[[Any, Any], Any],
     epilogue: Callable[[Any, Any], Any],
     prologue: Callable[[Any], Any] = lambda work: None,
@@ -109,27 +109,29 @@ def run(
     Args:
       gemm: static sizes.
       ring: (operand buffers, full barriers, empty barriers), which `call` gives the kernel.
-      num_works: i32; work w belongs to program w mod programs.
+      num_works: () -> i32; work w belongs to program w mod programs.
       num_steps: work -> steps along the summed dimension; may be 0.
-      load: (work, step, copy): calls copy(source, n, *block) for each block of each operand n.
+      load: work -> (step, copy): calls copy(source, n, *block) for each block of each operand n.
       multiply: (accumulators, operands of a stage): issues the wgmmas.
       epilogue: (work, accumulators as values).
       prologue: (work), before the products, on the compute warpgroups.
     """
     buffers, full, empty = ring
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    own_works = lax.div(num_works - program + gemm.programs - 1, gemm.programs)
 
     def each_work(body):
         def step(n, done):
             return body(program + n * gemm.programs, done)
 
+        own_works = lax.div(num_works() - program + gemm.programs - 1, gemm.programs)
         return lax.fori_loop(0, own_works, step, jnp.int32(0))
 
     def produce():
         plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
 
         def fill(work, done):
+            load_stage = load(work)
+
             def stage(step, _):
                 slot = lax.rem(done + step, gemm.stages)
 
@@ -141,7 +143,7 @@ def run(
                     target = buffers[n].at[(slot, *block)]
                     plgpu.copy_gmem_to_smem(source, target, full.at[slot])
 
-                load(work, step, copy)
+                load_stage(step, copy)
 
             steps = num_steps(work)
             lax.fori_loop(0, steps, stage, None)

@@ -57,13 +57,18 @@ def _project_kernel(expert, start, size, used, x, *refs, gemm, activation, group
     warpgroup = lax.axis_index("warpgroup")
     half = pl.ds(warpgroup * HALF_ROWS, HALF_ROWS)
 
-    def load(work, step, copy):
+    def load(work):
         tile, column = place(work)
-        depth = pl.ds(step * TILE_DEPTH, TILE_DEPTH)
-        across = pl.ds(column * columns, columns)
-        copy(x.at[pl.ds(tile * TILE_ROWS, TILE_ROWS), depth], 0)
-        for n, weight in enumerate(weights):
-            copy(weight.at[expert[tile], depth, across], n + 1)
+        rows, across = pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(column * columns, columns)
+        own = expert[tile]
+
+        def stage(step, copy):
+            depth = pl.ds(step * TILE_DEPTH, TILE_DEPTH)
+            copy(x.at[rows, depth], 0)
+            for n, weight in enumerate(weights):
+                copy(weight.at[own, depth, across], n + 1)
+
+        return stage
 
     def multiply(accumulators, operands):
         rows = operands[0].at[half]
@@ -99,7 +104,7 @@ def _project_kernel(expert, start, size, used, x, *refs, gemm, activation, group
     grouped_gemm.run(
         gemm,
         ring,
-        used[0] * num_columns,
+        lambda: used[0] * num_columns,
         lambda work: x.shape[1] // TILE_DEPTH,
         load,
         multiply,
@@ -241,21 +246,24 @@ def _contract_kernel(expert, start, size, used, *refs, gemm, group, transposed):
     warpgroup = lax.axis_index("warpgroup")
     steps = rows[0].shape[1] // TILE_DEPTH
 
-    def load(work, step, copy):
+    def load(work):
         tile, column = place(work)
-        across = pl.ds(column * columns, columns)
+        down, across = pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(column * columns, columns)
+        own = expert[tile]
 
-        def term(lhs, rhs):
-            depth = pl.ds(lax.rem(step, steps) * TILE_DEPTH, TILE_DEPTH)
-            block = (across, depth) if transposed else (depth, across)
-            copy(lhs.at[pl.ds(tile * TILE_ROWS, TILE_ROWS), depth], 0)
-            copy(rhs.at[expert[tile], *block], 1)
+        def stage(step, copy):
+            def term(n):
+                depth = pl.ds((step - n * steps) * TILE_DEPTH, TILE_DEPTH)
+                block = (across, depth) if transposed else (depth, across)
+                copy(rows[n].at[down, depth], 0)
+                copy(weights[n].at[own, *block], 1)
 
-        for n, (lhs, rhs) in enumerate(zip(rows, weights, strict=True)):
             if len(rows) == 1:
-                term(lhs, rhs)
+                term(0)
             else:
-                pl.when(lax.div(step, steps) == n)(functools.partial(term, lhs, rhs))
+                lax.cond(step < steps, lambda: term(0), lambda: term(1))
+
+        return stage
 
     def multiply(accumulators, operands):
         lhs, rhs = operands
@@ -274,7 +282,7 @@ def _contract_kernel(expert, start, size, used, *refs, gemm, group, transposed):
     grouped_gemm.run(
         gemm,
         ring,
-        used[0] * (width // columns),
+        lambda: used[0] * (width // columns),
         lambda work: len(rows) * steps,
         load,
         multiply,

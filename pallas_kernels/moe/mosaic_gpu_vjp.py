@@ -69,11 +69,17 @@ def _project_gradient_kernel(
     warpgroup = lax.axis_index("warpgroup")
     begin = warpgroup * HALF_ROWS
 
-    def load(work, step, copy):
+    def load(work):
         tile, column = place(work)
-        depth = pl.ds(step * TILE_DEPTH, TILE_DEPTH)
-        copy(dy.at[pl.ds(tile * TILE_ROWS, TILE_ROWS), depth], 0)
-        copy(w_down.at[expert[tile], pl.ds(column * columns, columns), depth], 1)
+        rows, across = pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(column * columns, columns)
+        own = expert[tile]
+
+        def stage(step, copy):
+            depth = pl.ds(step * TILE_DEPTH, TILE_DEPTH)
+            copy(dy.at[rows, depth], 0)
+            copy(w_down.at[own, across, depth], 1)
+
+        return stage
 
     def multiply(accumulators, operands):
         rows, weights = operands
@@ -100,9 +106,9 @@ def _project_gradient_kernel(
         tile, column = place(work)
         outbox = Outbox(staging)
         row = tile * TILE_ROWS + begin
-        total = plgpu.layout_cast(jnp.zeros(HALF_ROWS, jnp.float32), _ROWS)
+        total = 0
         for first in range(0, columns, gemm.chunk):
-            blocks = fetched(size[tile] - begin)
+            blocks = fetched(size[tile] - begin)  # read again, as registers are scarce here
             if first + gemm.chunk < columns:
                 fetch(tile, column, first + gemm.chunk)
             weight = plgpu.load(gates.at[pl.ds(row, HALF_ROWS)], layout=_ROWS, optimized=False)
@@ -121,7 +127,7 @@ def _project_gradient_kernel(
     grouped_gemm.run(
         gemm,
         ring,
-        used[0] * num_columns,
+        lambda: used[0] * num_columns,
         lambda work: dy.shape[1] // TILE_DEPTH,
         load,
         multiply,
@@ -207,14 +213,19 @@ def _weight_gradient_kernel(first_row, steps, lhs, *refs, gemm):
         expert, tile = lax.div(work, tiles), lax.rem(work, tiles)
         return expert, lax.div(tile, num_columns), lax.rem(tile, num_columns)
 
-    def load(work, step, copy):
+    def load(work):
         expert, row, column = place(work)
-        depth = pl.ds(pl.multiple_of(first_row[expert] + step * TILE_DEPTH, 8), TILE_DEPTH)
-        for half in range(2):
-            across = pl.ds(row * TILE_ROWS + half * HALF_ROWS, HALF_ROWS)
-            copy(lhs.at[depth, across], 0, half)
-        for n, rows in enumerate(rhs):
-            copy(rows.at[depth, pl.ds(column * columns, columns)], n + 1)
+        begin = first_row[expert]
+
+        def stage(step, copy):
+            depth = pl.ds(pl.multiple_of(begin + step * TILE_DEPTH, TILE_DEPTH), TILE_DEPTH)
+            for half in range(2):
+                across = pl.ds(row * TILE_ROWS + half * HALF_ROWS, HALF_ROWS)
+                copy(lhs.at[depth, across], 0, half)
+            for n, rows in enumerate(rhs):
+                copy(rows.at[depth, pl.ds(column * columns, columns)], n + 1)
+
+        return stage
 
     def multiply(accumulators, operands):
         for accumulator, rows in zip(accumulators, operands[1:], strict=True):
@@ -233,7 +244,7 @@ def _weight_gradient_kernel(first_row, steps, lhs, *refs, gemm):
     grouped_gemm.run(
         gemm,
         ring,
-        jnp.int32(num_experts * tiles),
+        lambda: jnp.int32(num_experts * tiles),
         lambda work: steps[lax.div(work, tiles)],
         load,
         multiply,
