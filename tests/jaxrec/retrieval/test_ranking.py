@@ -107,7 +107,7 @@ def check(retriever, batch, values, **options):
     return found
 
 
-@pytest.mark.parametrize("name", OVERARCHS)
+@pytest.mark.parametrize("name", ["own parts", "attention"])
 def test_over_arch_ranks_the_candidates(name, batch):
     retriever = build(Model(overarch=OVERARCHS[name]()))
     scores = all_scores(retriever, batch)
