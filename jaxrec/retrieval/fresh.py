@@ -144,7 +144,16 @@ class LiveIndex:
     @property
     def num_items(self) -> int:
         """Items that can be found. Host only: counts the live bits of both parts."""
-        return sum(_count_live(part) for part in (self.main, self.fresh))
+        return int(self.count())
+
+    @property
+    def max_k(self) -> int:
+        """The most results that `search` takes; static."""
+        return IVF_MAX_K
+
+    def count(self) -> Int32[Array, ""]:
+        """Items that can be found; traceable."""
+        return _count_live(self.main) + _count_live(self.fresh)
 
     def compile(self, filters: Sequence[FilterLike]) -> FilterPlan:
         """One filter a query to a plan for both parts; see `BloomIndex.compile`.
@@ -325,7 +334,7 @@ class LiveIndex:
 
     def drift(self) -> Drift:
         """How far the index is from a new build. Cost: reads every vector once; waits for it."""
-        main, fresh = _count_live(self.main), _count_live(self.fresh)
+        main, fresh = int(_count_live(self.main)), int(_count_live(self.fresh))
         spread = 1.0
         if self.main.num_items and main + fresh:
             built = max(float(self.built_spread), 1e-30)
@@ -469,8 +478,8 @@ def _fresh_part(main: ItemIndex, capacity: int, tail_terms: int | None) -> ItemI
     return ItemIndex(fresh, bloom, columns, nprobe=1, shares=((1.0, 1.0),))
 
 
-def _count_live(part: ItemIndex) -> int:
-    return int(jnp.sum(lax.population_count(jnp.asarray(part.ivf.live)), dtype=jnp.int32))
+def _count_live(part: ItemIndex) -> Int32[Array, ""]:
+    return jnp.sum(lax.population_count(jnp.asarray(part.ivf.live)), dtype=jnp.int32)
 
 
 @jax.jit

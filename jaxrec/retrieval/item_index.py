@@ -27,6 +27,7 @@ from jaxrec.retrieval.ivf_index import (
 from jaxrec.retrieval.masks import chosen_rows
 from jaxrec.retrieval.plan import FilterPlan
 from jaxrec.retrieval.planner import CostModel, SearchPlan, recall_curve, tuned_costs
+from pallas_kernels import IVF_MAX_K
 
 type _Array = jax.Array | np.ndarray
 
@@ -140,6 +141,15 @@ class ItemIndex:
     def num_items(self) -> int:
         """Items that the index holds."""
         return self.ivf.num_items
+
+    @property
+    def max_k(self) -> int:
+        """The most results that `search` takes; static."""
+        return min(self.num_items, IVF_MAX_K)
+
+    def count(self) -> Int32[Array, ""]:
+        """Items that can be found; traceable."""
+        return jnp.asarray(self.num_items, jnp.int32)
 
     def compile(self, filters: Sequence[FilterLike]) -> FilterPlan:
         """One filter a query to a plan; see `BloomIndex.compile`."""

@@ -237,7 +237,7 @@ class Retriever(nnx.Module):
         index = self.index
         index.check_search(k, nprobe)
         if num_candidates is None:
-            num_candidates = max(k, min(CANDIDATES, index.num_items))
+            num_candidates = max(k, min(CANDIDATES, index.max_k))
         elif num_candidates < k:
             raise ValueError(f"num_candidates is {num_candidates}; expected k = {k} or more")
         if self.ranks:
@@ -370,7 +370,7 @@ def _search_and_rank(retriever, queries, plan, exclude, k, num_candidates, optio
     scores = task_scores(model, queries, columns, vectors, valid)
     values, ids = rank(scores, ids, valid, columns, retriever.value_model, k)
     # A task with free slots has found every eligible item, so all of them are candidates.
-    all_found = (found.filled < num_candidates) | (num_candidates >= index.num_items)
+    all_found = (found.filled < num_candidates) | (num_candidates >= index.count())
     filled = jnp.sum(ids >= 0, axis=1, dtype=jnp.int32)
     return SearchResult(values, ids, filled, (found.exact & all_found).all(axis=1))
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from jaxrec.retrieval.bloom_index import FilterLike
 from jaxrec.retrieval.item_index import Explanation
@@ -25,7 +25,16 @@ class SearchIndex(Protocol):
 
     @property
     def num_items(self) -> int:
-        """Items that can be found."""
+        """Items that can be found; may wait for the device."""
+        ...
+
+    @property
+    def max_k(self) -> int:
+        """The most results that `search` takes; static."""
+        ...
+
+    def count(self) -> Int32[Array, ""]:
+        """Items that can be found; traceable."""
         ...
 
     def compile(self, filters: Sequence[FilterLike]) -> FilterPlan:

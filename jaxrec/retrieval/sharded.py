@@ -98,6 +98,15 @@ class ShardedIndex:
         """S."""
         return self.mesh.shape[self.axis]
 
+    @property
+    def max_k(self) -> int:
+        """The most results that `search` takes; static."""
+        return min(self.num_items, IVF_MAX_K)
+
+    def count(self) -> Int32[Array, ""]:
+        """Items that can be found; traceable."""
+        return jnp.asarray(self.num_items, jnp.int32)
+
     def compile(self, filters: Sequence[FilterLike]) -> FilterPlan:
         """One filter a query to a plan that serves all shards; see `BloomIndex.compile`."""
         return self._abstract().compile(filters)

@@ -21,7 +21,16 @@ from jaxrec.nn import (
     ValueModel,
 )
 from jaxrec.ops.jagged import JaggedBatch
-from jaxrec.retrieval import PublishError, Quota, Retriever, load_retriever, save_retriever
+from jaxrec.retrieval import (
+    ItemIndex,
+    LiveIndex,
+    PublishError,
+    Quota,
+    Retriever,
+    load_retriever,
+    save_retriever,
+)
+from jaxrec.retrieval.retriever import _retrieve
 
 NUM_ITEMS, WIDTH, K = 300, 8, 10
 TASKS = ("click", "like")
@@ -264,3 +273,21 @@ def test_a_policy_of_ones_own_is_not_published(tmp_path):
     own = build(Model(), merge=lambda ids, scores, num: scores)
     with pytest.raises(PublishError, match="cannot be published"):
         save_retriever(own, tmp_path)
+
+
+def test_a_live_index_is_ranked_and_its_updates_compile_nothing(batch):
+    model = Model(overarch=OVERARCHS["mol"]())
+    built = build(model)
+    assert isinstance(built.index, ItemIndex)
+    live = LiveIndex.build(built.index, capacity=64)
+    served = built.with_index(live)
+    plan, options = served.compile(FILTERS), {"k": K, "exact": True, "num_candidates": NUM_ITEMS}
+    first = served(batch, plan, **options)
+    for mine, theirs in zip(first, built(batch, plan, **options), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    compiled = _retrieve._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    best = int(first.ids[1, 0])
+    later = built.with_index(live.delete([best]))(batch, plan, **options)
+    assert _retrieve._cache_size() == compiled  # pyright: ignore[reportAttributeAccessIssue]
+    assert best not in np.asarray(later.ids)
+    np.testing.assert_array_equal(later.ids[1, :-1], first.ids[1, 1:])
