@@ -13,8 +13,8 @@ demo: .setup  ## data -> train -> publish -> filtered queries -> runs/quickstart
 	$(RUN) python -m experiments.quickstart $(if $(DATA),--data $(DATA))
 
 test: .setup  ## everything that needs no GPU; slow tests last
-	JAX_PLATFORMS=cpu $(RUN) pytest -n 2 -m "not slow and not aot and not gpu"
-	JAX_PLATFORMS=cpu $(RUN) pytest -n 2 -m "slow and not aot and not gpu"
+	JAX_PLATFORMS=cpu $(RUN) pytest -n 2 --dist worksteal -m "not slow and not aot and not gpu"
+	JAX_PLATFORMS=cpu $(RUN) pytest -n 2 --dist worksteal -m "slow and not aot and not gpu"
 
 lint: .setup
 	$(RUN) ruff check .

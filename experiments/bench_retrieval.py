@@ -1,18 +1,17 @@
-"""Times filtered search beside faiss: recall@k against queries a second, in one run.
+"""Times filtered search beside faiss, usearch and ScaNN: recall@k against queries a second.
 
     python -m experiments.bench_retrieval            # 200,000 items, 64 wide, 512 lists, k = 100
     python -m experiments.bench_retrieval --quick    # 20,000 items
 
 A batch of queries shares one filter, which is what faiss can search at once (an `IDSelectorBitmap`,
-made beforehand); ours compiles the filter beforehand too. Variants take turns. faiss sweeps nprobe;
-ours is asked once, as its planner chooses. One JSON file and a plot go to
-experiments/results/bench_retrieval/.
+made beforehand); ours compiles the filter beforehand too. One more case gives each query a filter
+of its own. Variants take turns. Peers sweep what they probe; ours is asked once, as its planner
+chooses. One JSON file and a plot go to experiments/results/bench_retrieval/.
 """
 
 import argparse
 import functools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,11 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import record
+from experiments.peers import Peers, Variant
+from experiments.report import beside_peers
 from jaxrec.retrieval import ItemIndex, Strategy, brute_force, recall
 
 SEED, WIDTH, K = 0, 64, 100
 SELECTIVITIES = (0.001, 0.01, 0.1, 0.5, 1.0)
 KINDS = ("random", "near")
+GROUPS = 100  # of one per cent of the items each, for filters of each query's own
+OWN = "own filters"
 
 
 def main() -> None:
@@ -32,44 +35,66 @@ def main() -> None:
     options = _options()
     rows, queries, tuning = _embeddings(options.items, options.batch)
     filters = _filters(rows)
+    groups = np.random.default_rng(SEED + 2).integers(0, GROUPS, (2, len(rows)))
+    asked = groups[1, : len(queries)]
     features = {name: passes.astype(int).tolist() for name, passes in filters.items()}
     index = ItemIndex.build(
-        rows, features, key=jax.random.key(SEED), nlist=options.lists, sample_queries=tuning
-    )
-    peers = _faiss_indexes(rows, options.lists, options.threads)
+        rows, features | {"group": groups[0].tolist()}, key=jax.random.key(SEED),
+        nlist=options.lists, sample_queries=tuning,
+    )  # fmt: skip
+    peers = Peers(rows, options.lists, options.threads, K)
+    for missing in peers.missing:
+        print(f"not measured, {missing}")
     measurements: list[dict[str, Any]] = []
     for name, passes in filters.items():
         truth = brute_force(queries, rows, np.flatnonzero(passes), k=K)
-        variants = _ours(index, queries, name) | _faiss_variants(peers, queries, passes)
-        samples = _interleaved(variants, options.repeats)
-        for variant, seconds in samples.items():
-            ids, note = variants[variant]()
-            measured = {
-                "metric": "queries a second",
-                "unit": "1/s",
-                "filter": name,
-                "variant": variant,
-                "recall": recall(ids, truth),
-                "samples": [options.batch / s for s in seconds],
-                "value": options.batch / float(np.median(seconds)),
-                "note": note,
-            }
-            measurements.append(measured)
-            print(f"{name:14} {variant:16} {measured['value']:9.0f} q/s "
-                  f"recall {measured['recall']:.4f} {note}", flush=True)  # fmt: skip
+        variants = _ours(index, queries, [f"{name}:1"]) | peers.variants(queries, passes)
+        measurements += _measure(name, variants, truth, options)
+    passes = groups[0] == asked[:, None]
+    truth = np.concatenate([
+        brute_force(query[None], rows, np.flatnonzero(own), k=K)
+        for query, own in zip(queries, passes, strict=True)
+    ])  # fmt: skip
+    ours = _ours(index, queries, [f"group:{group}" for group in asked])
+    measurements += _measure(OWN, ours | peers.own_filter_variants(queries, passes), truth, options)
     path = record.write(
         "bench_retrieval",
-        config=vars(options) | {"width": WIDTH, "k": K, "nprobe": index.nprobe},
+        config=vars(options) | {"width": WIDTH, "k": K, "nprobe": index.nprobe,
+                                "missing": peers.missing},
         measurements=measurements,
         seeds=[SEED],
         scratch=options.scratch,
-    )
+    )  # fmt: skip
+    for row in beside_peers(measurements):
+        print(row)
     print(f"wrote {path}")
     _plot(measurements, path.with_suffix(".png"))
 
 
+def _measure(name: str, variants: dict[str, Variant], truth, options) -> list[dict[str, Any]]:
+    samples, measured = _interleaved(variants, options.repeats), []
+    for variant, seconds in samples.items():
+        ids, note = variants[variant]()
+        row = {
+            "metric": "queries a second",
+            "unit": "1/s",
+            "filter": name,
+            "variant": variant,
+            "recall": recall(ids, truth),
+            "samples": [len(truth) / s for s in seconds],
+            "value": len(truth) / float(np.median(seconds)),
+            "note": note,
+        }
+        measured.append(row)
+        print(f"{name:14} {variant:16} {row['value']:9.0f} q/s "
+              f"recall {row['recall']:.4f} {note}", flush=True)  # fmt: skip
+    return measured
+
+
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Times filtered search beside faiss.")
+    parser = argparse.ArgumentParser(
+        description="Times filtered search beside faiss, usearch, ScaNN."
+    )
     parser.add_argument("--quick", action="store_true", help="20,000 items in 128 lists")
     parser.add_argument("--batch", type=int, default=256, help="queries of a call")
     parser.add_argument("--threads", type=int, default=2, help="of faiss; pin cores for ours")
@@ -107,15 +132,13 @@ def _filters(rows: np.ndarray) -> dict[str, np.ndarray]:
     return passing
 
 
-type Variant = Callable[[], tuple[np.ndarray, str]]
-
-
-def _ours(index: ItemIndex, queries: np.ndarray, name: str) -> dict[str, Variant]:
-    plan, asked = index.compile([f"{name}:1"]), jnp.asarray(queries)[None]
+def _ours(index: ItemIndex, queries: np.ndarray, filters: list[str]) -> dict[str, Variant]:
+    """A search with one filter for all queries, or one for each."""
+    plan, asked = index.compile(filters), jnp.asarray(queries).reshape(len(filters), -1, WIDTH)
     strategy = Strategy(int(index.plan_of(asked, plan, k=K).strategy[0])).name
 
     def search() -> tuple[np.ndarray, str]:
-        return np.asarray(_search(index, asked, plan).ids[0]), strategy
+        return np.asarray(_search(index, asked, plan).ids).reshape(len(queries), K), strategy
 
     return {"jaxrec": search}
 
@@ -123,49 +146,6 @@ def _ours(index: ItemIndex, queries: np.ndarray, name: str) -> dict[str, Variant
 @functools.partial(jax.jit)
 def _search(index, queries, plan):
     return index.search(queries, plan, k=K)
-
-
-def _faiss_indexes(rows: np.ndarray, lists: int, threads: int) -> dict[str, Any]:
-    import faiss  # pyright: ignore[reportMissingImports]
-
-    faiss.omp_set_num_threads(threads)
-    made = {}
-    for name, spec in (("IVFFlat", "Flat"), ("IVFSQ8", "SQ8")):
-        made[name] = faiss.index_factory(WIDTH, f"IVF{lists},{spec}", faiss.METRIC_INNER_PRODUCT)
-        made[name].train(rows)
-        made[name].add(rows)
-    made["Flat"] = rows
-    return made
-
-
-def _faiss_variants(peers, queries: np.ndarray, passes: np.ndarray) -> dict[str, Variant]:
-    import faiss  # pyright: ignore[reportMissingImports]
-
-    bits = np.packbits(passes, bitorder="little")
-    selector = faiss.IDSelectorBitmap(bits)  # pyright: ignore[reportCallIssue]
-    variants: dict[str, Variant] = {}
-    for name in ("IVFFlat", "IVFSQ8"):
-        lists = peers[name].nlist
-        for nprobe in (lists // 16, lists // 8, lists // 4, 3 * lists // 8, lists // 2, lists):
-            parameters = faiss.SearchParametersIVF()
-            parameters.nprobe = nprobe
-            if not passes.all():
-                parameters.sel = selector
-
-            def search(index=peers[name], parameters=parameters) -> tuple[np.ndarray, str]:
-                return index.search(queries, K, params=parameters)[1], ""
-
-            variants[f"{name} {nprobe}"] = search
-    # Flat over a copy of the eligible rows, made beforehand: what one fixed filter could have.
-    eligible = np.flatnonzero(passes)
-    flat = faiss.IndexFlatIP(WIDTH)
-    flat.add(peers["Flat"][eligible])
-
-    def search_flat() -> tuple[np.ndarray, str]:
-        found = flat.search(queries, K)[1]
-        return np.where(found >= 0, eligible[found], -1), "a copy of the eligible rows"
-
-    return variants | {"Flat copy": search_flat}
 
 
 def _interleaved(variants: dict[str, Variant], repeats: int) -> dict[str, list[float]]:
@@ -180,6 +160,10 @@ def _interleaved(variants: dict[str, Variant], repeats: int) -> dict[str, list[f
     return samples
 
 
+STYLES = {"IVFFlat": "o-", "IVFSQ8": "s-", "usearch": "^-", "ScaNN": "v-", "Flat": "kx",
+          "jaxrec": "r*"}  # fmt: skip
+
+
 def _plot(measurements: list[dict[str, Any]], path) -> None:
     import matplotlib
 
@@ -187,22 +171,24 @@ def _plot(measurements: list[dict[str, Any]], path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        2, len(SELECTIVITIES), figsize=(3.2 * len(SELECTIVITIES), 6), squeeze=False
+        2, len(SELECTIVITIES), figsize=(3.4 * len(SELECTIVITIES), 7), squeeze=False
     )
-    for row, kind in enumerate(KINDS):
-        for column, share in enumerate(SELECTIVITIES):
-            axis, name = axes[row, column], f"{kind}_{share:g}"
-            own = [m for m in measurements if m["filter"] == name]
-            axis.set_visible(bool(own))
-            for group, style in (("IVFFlat", "o-"), ("IVFSQ8", "s-"), ("Flat", "x"),
-                                 ("jaxrec", "*")):  # fmt: skip
-                points = [m for m in own if m["variant"].split()[0] == group]
-                axis.plot([m["recall"] for m in points], [m["value"] for m in points], style,
-                          label=group, markersize=12 if style == "*" else 5)  # fmt: skip
-            axis.set(title=f"{share:.1%}, {kind}", xlabel=f"recall@{K}", yscale="log")
+    cells = {
+        f"{kind}_{share:g}": (axes[row, column], f"{share:.1%}, {kind}")
+        for row, kind in enumerate(KINDS)
+        for column, share in enumerate(SELECTIVITIES)
+    }
+    cells[OWN] = cells.pop(f"near_{1.0:g}")[0], "1.0%, each query its own"
+    for name, (axis, title) in cells.items():
+        own = [m for m in measurements if m["filter"] == name]
+        for group, style in STYLES.items():
+            points = [m for m in own if m["variant"].split()[0] == group]
+            axis.plot([m["recall"] for m in points], [m["value"] for m in points], style,
+                      label=group, markersize=14 if style == "r*" else 4)  # fmt: skip
+        axis.set(title=title, xlabel=f"recall@{K}", yscale="log", xlim=(0.6, 1.02))
     axes[0, 0].set_ylabel("queries a second")
     axes[1, 0].set_ylabel("queries a second")
-    axes[0, 0].legend()
+    axes[0, -1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")

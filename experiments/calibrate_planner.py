@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import record
-from jaxrec.retrieval import CostModel, IVFIndex
+from jaxrec.retrieval import CostModel, ItemIndex
 from jaxrec.retrieval.filtered_search import search_compact
 from jaxrec.retrieval.ivf_index import search_rows
-from jaxrec.retrieval.masks import pack_bits
 from jaxrec.retrieval.planner import tuned_path
 from pallas_kernels._timing import time_interleaved
 
@@ -50,7 +49,15 @@ def measure(num_rows: int, repeats: int) -> CostModel:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(num_rows, WIDTH)).astype(np.float32)
     queries = jnp.asarray(rng.normal(size=(MANY, WIDTH)).astype(np.float32))
-    index = IVFIndex.build(rows, nlist=LISTS, key=jax.random.key(0))
+    eligible = {
+        str(count): np.isin(np.arange(num_rows), rng.choice(num_rows, count, replace=False))
+        for count in (SPARSE, DENSE)
+    }
+    whole = ItemIndex.build(
+        rows, {name: passes.astype(int).tolist() for name, passes in eligible.items()},
+        key=jax.random.key(0), nlist=LISTS, sample_queries=rows[:16],
+    )  # fmt: skip
+    index, bloom = whole.ivf, whole.bloom
     words = len(index.live)
 
     @functools.partial(jax.jit, static_argnames="nprobe")
@@ -58,25 +65,25 @@ def measure(num_rows: int, repeats: int) -> CostModel:
         return search_rows(index, queries, None, k=K, nprobe=nprobe, precision="rescored")
 
     @jax.jit
-    def compact(index, queries, mask):
+    def compact(index, bloom, plan, queries, mask):
         counts = jnp.sum(jax.lax.population_count(mask), axis=1, dtype=jnp.int32)
-        return search_compact(index, queries, mask, counts, K)
+        return search_compact(index, bloom, plan, queries, mask, counts, K)
 
-    def mask_of(count: int):
-        bits = np.zeros(words * 32, bool)
-        bits[rng.choice(len(bits), count, replace=False)] = True
-        return jnp.asarray(pack_bits(bits))[None]
+    def compacting(count: int, queries):
+        plan = whole.compile([f"{count}:1"])
+        mask = bloom.masks(plan).possibly
+        return lambda: compact(index, bloom, plan, queries[None], mask)
 
-    sparse, dense = mask_of(SPARSE), mask_of(DENSE)
+    masks = jnp.tile(bloom.masks(whole.compile([None])).possibly, (16, 1))
     counted = jax.jit(lambda m: jnp.cumsum(jax.lax.population_count(m).astype(jnp.int32), axis=1))
     variants = {
         "probe": lambda: scan(index, queries[:PROBING], LISTS // 4),
         "scan few": lambda: scan(index, queries[:FEW], LISTS),
         "scan many": lambda: scan(index, queries, LISTS),
-        "sparse": lambda: compact(index, queries[None, :1], sparse),
-        "dense": lambda: compact(index, queries[None, :1], dense),
-        "dense shared": lambda: compact(index, queries[None], dense),
-        "words": lambda: counted(jnp.tile(sparse, (16, 1))),
+        "sparse": compacting(SPARSE, queries[:1]),
+        "dense": compacting(DENSE, queries[:1]),
+        "dense shared": compacting(DENSE, queries),
+        "words": lambda: counted(masks),
     }
     ns = {n: t.p50_us * 1e3 for n, t in time_interleaved(variants, repeats=repeats).items()}
     score = (ns["scan many"] - ns["scan few"]) / (MANY - FEW) / len(index.row_ids)

@@ -250,7 +250,50 @@ def _overarch_markdown(result: Mapping[str, Any]) -> str:
     )
 
 
+ENOUGH = 0.95  # recall at which the peers' speed counts
+
+
+def beside_peers(measurements: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """One row a filter: ours, and each peer's fastest setting that finds enough."""
+    rows = []
+    for name in dict.fromkeys(m["filter"] for m in measurements):
+        own = [m for m in measurements if m["filter"] == name]
+        mine = next(m for m in own if m["variant"] == "jaxrec")
+        row = {
+            "filter": name.replace("_", " "),
+            "searched by": mine["note"],
+            "jaxrec: queries/s (recall)": f"{mine['value']:,.0f} ({mine['recall']:.3f})",
+        }
+        for peer in ("IVFFlat", "IVFSQ8", "usearch", "ScaNN"):
+            settings = [m for m in own if m["variant"].split()[0] == peer]
+            enough = [m["value"] for m in settings if m["recall"] >= ENOUGH]
+            ratio = mine["value"] / max(enough, default=float("inf"))
+            row[peer] = f"{max(enough):,.0f} ({ratio:.2f}×)" if enough else "-"
+        rows.append(row)
+    return rows
+
+
+def retrieval_section_markdown() -> str:
+    """README's table of filtered search beside the peers, from the newest result."""
+    from experiments import record
+
+    results = record.read_all("bench_retrieval")
+    if not results:
+        return "Nothing recorded yet."
+    env, config = results[-1]["env"], results[-1]["config"]
+    return (
+        f"{table_markdown(beside_peers(results[-1]['measurements']))}\n\n"
+        f"`{results[-1]['command']}` on {env['device_kind']}, {env['cpu_cores']} cores (jax "
+        f"{env['jax']}): {config['items']:,} items × {config['width']}, {config['lists']} lists, "
+        f"k = {config['k']}, batches of {config['batch']}, {config['threads']} threads for each. "
+        f"A peer's figure is its fastest setting with recall of at least {ENOUGH}; behind it, how "
+        "many times as fast ours is. IVFFlat and IVFSQ8 are faiss's, which filters while it scans; "
+        "usearch and ScaNN fetch more and drop, down to filters that pass a tenth."
+    )
+
+
 SECTIONS = {
+    "bench_retrieval": retrieval_section_markdown,
     "train_sequence": accuracy_section_markdown,
     "overarch": overarch_section_markdown,
 }

@@ -25,7 +25,8 @@ from jaxrec.retrieval.planner import (
 from pallas_kernels import IVF_MAX_K
 
 _ROUNDS = 3
-_CHUNK = 1 << 10  # eligible rows gathered at a time for one query; more for more
+_CHUNK = 1 << 10  # eligible rows gathered at a time, and four times as many for
+_MANY_HEADS = 8  # queries that share them
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def search_eligible(
 
     def one_round(state):
         number, mask, best, lacking = state
-        found, still, wrong = _verified_round(
+        found, still, wrong = _one_round(
             ivf, bloom, plan, queries, mask, options, all_rows=number > 0
         )
         best, lacking = _select(lacking, found, best), lacking & still
@@ -134,87 +135,99 @@ def _probes(ivf, queries, mask, share, options: SearchOptions) -> Int32[Array, "
     return probe_counts(ivf, queries.reshape(num_queries, -1), in_lists, jnp.repeat(share, heads))
 
 
-def _verified_round(ivf, bloom, plan, queries, mask, options, *, all_rows):
+def _one_round(ivf, bloom, plan, queries, mask, options, *, all_rows):
     """(the k best that pass, queries to search on, rows found that do not pass; -1 elsewhere)."""
     num_masks, heads, k = *queries.shape[:2], options.k
     # Room for false positives, which are few: where they are more, the next round follows.
     fetch = max(k, min(k + k // 8 + 16, ivf.num_items, IVF_MAX_K))
-    found = _search(ivf, queries, mask, fetch, options, all_rows)
+    eligible = _count(mask)
+    strategy, share = _make_plan(ivf, eligible, heads, options, all_rows)
+    few = strategy == Strategy.COMPACT
+    best = search_compact(ivf, bloom, plan, queries, mask, jnp.where(few, eligible, 0), k)
+    # A compacted search has seen and verified all that is eligible.
+    complete = jnp.zeros(num_masks * heads, bool), jnp.full((num_masks, heads * fetch), -1)
+    few = jnp.repeat(few, heads)
+
+    def scan_others():
+        scan = functools.partial(
+            search_rows, ivf, queries.reshape(len(few), -1), mask,
+            mask_of_query=jnp.repeat(jnp.arange(num_masks, dtype=jnp.int32), heads),
+            k=fetch, nprobe=ivf.nlist, precision="float" if options.exact else "rescored",
+        )  # fmt: skip
+
+        def probe():
+            return scan(probes=jnp.where(few, 0, _probes(ivf, queries, mask, share, options)))
+
+        found = lax.cond(strategy[0] == Strategy.SCAN, scan, probe)
+        found, lacking, wrong = _verified(bloom, plan, found, k, jnp.repeat(eligible, heads))
+        return _select(few, best, found), lacking & ~few, wrong
+
+    return lax.cond(few.all(), lambda: (best, *complete), scan_others)
+
+
+def _verified(bloom, plan, found: RowResult, k: int, eligible: Int32[Array, "Q"]):
+    """What `_one_round` returns, of rows found by masks that pass too many."""
+    num_masks = plan.num_queries
     passes = bloom.verify(plan, found.rows.reshape(num_masks, -1)).reshape(found.rows.shape)
     scores, places = lax.top_k(jnp.where(passes, found.scores, -jnp.inf), k)
     rows = jnp.take_along_axis(found.rows, places, axis=1)
     rows = jnp.where(jnp.isneginf(scores), -1, rows)
-    wrong = jnp.where(passes, -1, found.rows)
+    wrong = jnp.where(passes, -1, found.rows).reshape(num_masks, -1)
     filled = jnp.sum(rows >= 0, axis=1)
-    remaining = jnp.repeat(_count(mask), heads) - jnp.sum(wrong >= 0, axis=1)
-    lacking = (filled < k) & (remaining > filled)
-    return RowResult(scores, rows, found.exact), lacking, wrong.reshape(num_masks, -1)
+    wrong_of_filter = jnp.repeat(jnp.sum(wrong >= 0, axis=1), len(rows) // num_masks)
+    remaining = eligible - wrong_of_filter
+    return RowResult(scores, rows, found.exact), (filled < k) & (remaining > filled), wrong
 
 
-def _search(ivf, queries, mask, fetch: int, options, all_rows) -> RowResult:
-    """The `fetch` best rows of each query, by the strategies that the planner picks."""
-    num_masks, heads, width = queries.shape
-    scan = functools.partial(
-        search_rows, ivf, queries.reshape(-1, width), mask,
-        mask_of_query=jnp.repeat(jnp.arange(num_masks, dtype=jnp.int32), heads),
-        k=fetch, nprobe=ivf.nlist, precision="float" if options.exact else "rescored",
-    )  # fmt: skip
-    eligible = _count(mask)
-    strategy, share = _make_plan(ivf, eligible, heads, options, all_rows)
-    few = strategy == Strategy.COMPACT
+def search_compact(
+    ivf: IVFIndex,
+    bloom: BloomIndex,
+    plan: FilterPlan,
+    queries: Float[Array, "M H D"],
+    mask: UInt32[Array, "M words"],
+    counts: Int32[Array, "M"],
+    k: int,
+) -> RowResult:
+    """The best of the first `counts` rows of each mask that pass: gathered and scored in f32.
 
-    def each_its_own():
-        compact = search_compact(ivf, queries, mask, jnp.where(few, eligible, 0), fetch)
-        probing = jnp.repeat(~few, heads)
-
-        def probe():
-            probes = _probes(ivf, queries, mask, share, options)
-            return _select(probing, scan(probes=jnp.where(probing, probes, 0)), compact)
-
-        return lax.cond(probing.any(), probe, lambda: compact)
-
-    return lax.cond(strategy[0] == Strategy.SCAN, scan, each_its_own)
-
-
-def search_compact(ivf, queries, mask, counts, fetch: int) -> RowResult:
-    """The best of the first `counts` rows of each mask: gathered in chunks and scored in f32.
-
-    Small chunks waste little on few rows; large ones need few top-k for many.
+    Each row is verified once for all queries that share the mask. Rows come in chunks; a later one
+    is ranked together with the best so far.
     """
-    heads = queries.shape[1]
-    small = _CHUNK * max(1, min(heads // 8, 4))
-    nothing = jnp.full((heads, fetch), -jnp.inf), jnp.full((heads, fetch), -1, jnp.int32)
+    num_masks, heads, _ = queries.shape
+    chunk = max(_CHUNK if heads < _MANY_HEADS else 4 * _CHUNK, k)
+    nothing = jnp.full((heads, k), -jnp.inf), jnp.full((heads, k), -1, jnp.int32)
 
-    def in_chunks(chunk, words, queries, count):
-        ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
+    def score(places, number, words, ends, queries, count):
+        rows = jnp.where(places < count, rows_at(words, ends, places), -1)
+        passes = bloom.verify(plan.for_queries(number[None]), rows[None])[0]
+        vectors = jnp.asarray(ivf.vectors)[jnp.maximum(rows, 0)].astype(jnp.float32)
+        scores = jnp.einsum("hd,nd->hn", queries, vectors, precision=lax.Precision.HIGHEST)
+        return jnp.where(passes, scores, -jnp.inf), rows
 
+    def one_chunk(*mask):
+        scores, rows = score(jnp.arange(chunk, dtype=jnp.int32), *mask)
+        scores, at = lax.top_k(scores, k)
+        return scores, rows[at]
+
+    def more_chunks(*mask):
         def step(i, best):
-            places = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
-            rows = rows_at(words, ends, places)
-            vectors = jnp.asarray(ivf.vectors)[rows].astype(jnp.float32)
-            scores = jnp.einsum("hd,nd->hn", queries, vectors, precision=lax.Precision.HIGHEST)
-            scores = jnp.where(places < count, scores, -jnp.inf)
-            scores, at = lax.top_k(scores, min(fetch, chunk))
-            scores = jnp.concatenate([best[0], scores], axis=1)
-            rows = jnp.concatenate([best[1], rows[at]], axis=1)
-            scores, at = lax.top_k(scores, fetch)
-            return scores, jnp.take_along_axis(rows, at, axis=1)
+            scores, rows = score(i * chunk + jnp.arange(chunk, dtype=jnp.int32), *mask)
+            scores, at = lax.top_k(jnp.concatenate([best[0], scores], axis=1), k)
+            earlier = jnp.take_along_axis(best[1], jnp.minimum(at, k - 1), axis=1)
+            return scores, jnp.where(at < k, earlier, rows[jnp.maximum(at - k, 0)])
 
-        return lax.fori_loop(0, (count + chunk - 1) // chunk, step, nothing)
-
-    branches = [
-        lambda *_: nothing,
-        functools.partial(in_chunks, small),
-        functools.partial(in_chunks, 8 * small),
-    ]
+        return lax.fori_loop(0, (mask[-1] + chunk - 1) // chunk, step, nothing)
 
     def one_mask(operands):
-        count = operands[2]
-        size = (count > 0).astype(jnp.int32) + (count > 4 * small)
-        return lax.switch(size, branches, *operands)
+        number, words, queries, count = operands
+        ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
+        size = (count > 0).astype(jnp.int32) + (count > chunk)
+        branches = (lambda *_: nothing, one_chunk, more_chunks)
+        return lax.switch(size, branches, number, words, ends, queries, count)
 
-    scores, rows = lax.map(one_mask, (mask, as_queries(ivf, queries), counts))
-    scores, rows = scores.reshape(-1, fetch), rows.reshape(-1, fetch)
+    numbers = jnp.arange(num_masks, dtype=jnp.int32)
+    scores, rows = lax.map(one_mask, (numbers, mask, as_queries(ivf, queries), counts))
+    scores, rows = scores.reshape(-1, k), rows.reshape(-1, k)
     exact = jnp.full(len(scores), ivf.vectors.dtype == jnp.float32)
     return RowResult(scores, jnp.where(jnp.isneginf(scores), -1, rows), exact)
 
