@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "typing",
+    "parse_errors",
     "orbax_log",
     "sharding",
     "functional",
