@@ -9,6 +9,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "typing",
     "parse_errors",
+    "file_manifest",
+    "array_files",
     "orbax_log",
     "sharding",
     "functional",

@@ -20,7 +20,13 @@ from jaxrec.retrieval.search_index import SearchIndex
 from jaxrec.retrieval.sharded import ShardedIndex
 
 try:
-    from jaxrec.retrieval.publish import PublishError, load_retriever, publish, save_retriever
+    from jaxrec.retrieval.publish import (
+        PublishError,
+        PublishWarning,
+        load_retriever,
+        publish,
+        save_retriever,
+    )
     from jaxrec.retrieval.ranking import component_columns
     from jaxrec.retrieval.retriever import IndexState, RankExplanation, Retriever
 except ModuleNotFoundError as error:
@@ -44,6 +50,7 @@ __all__ = [
     "LiveIndex",
     "LiveServer",
     "PublishError",
+    "PublishWarning",
     "Quota",
     "RankExplanation",
     "Retriever",

@@ -8,7 +8,6 @@ Tensors are arguments of the programs and not constants in them, so that program
 below a megabyte) and all batch sizes share one copy.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from jaxrec.array_files import read_array, write_array
+from jaxrec.file_manifest import find_damage, list_files
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.retrieval.filter_text import parse_filter
 from jaxrec.retrieval.item_index import ItemIndex
@@ -123,14 +124,11 @@ def export_retriever(
     (partial / "programs").mkdir()
     catalog = [bloom.catalog.hashes, bloom.catalog.head_rows]
     for number, array in enumerate([*state, *catalog]):
-        np.save(partial / "arrays" / f"{number:05}.npy", _storable(np.asarray(array)))
+        write_array(partial / "arrays" / f"{number:05}.npy", array)
     about["dtypes"] = [str(x.dtype) for x in state]
     for size, program in programs.items():
         (partial / "programs" / f"{size}.stablehlo").write_bytes(program.serialize())
-    files = sorted(file for file in partial.rglob("*") if file.is_file())
-    about["files"] = {
-        file.relative_to(partial).as_posix(): [file.stat().st_size, _sha256(file)] for file in files
-    }
+    about["files"] = list_files(partial)
     (partial / "exported.json").write_text(json.dumps(about, indent=1))
     partial.rename(folder)
     return folder
@@ -201,12 +199,8 @@ def load_exported(path: _Path, *, check: bool = True) -> "ExportedRetriever":
             f"{newest}: export again, or install a jax of that age"
         )
     _check_platform(folder, about["platforms"])
-    for name, (size, digest) in about["files"].items():
-        file = folder / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size or (check and _sha256(file) != digest):
-            what = "is missing" if found is None else "is not what was exported"
-            raise ExportError(f"{file} {what}; copy the folder again, or export again")
+    if damage := find_damage(folder, about["files"], contents=check):
+        raise ExportError(f"{damage}; copy the folder again, or export again")
     return ExportedRetriever(folder, about)
 
 
@@ -236,10 +230,9 @@ class ExportedRetriever:
         self._about, self._folder = about, folder
         count = about["num_state"]
         files = [folder / "arrays" / f"{number:05}.npy" for number in range(count + len(_CATALOG))]
-        state = [np.load(file, mmap_mode="r") for file in files[:count]]
         self._state = [
-            jnp.asarray(array.view(jnp.dtype(dtype)))
-            for array, dtype in zip(state, about["dtypes"], strict=True)
+            read_array(file, dtype)
+            for file, dtype in zip(files[:count], about["dtypes"], strict=True)
         ]
         hashes, head_rows = (np.load(file) for file in files[count:])
         self._catalog = TermCatalog(tuple(about["features"]), about["seed"], hashes, head_rows)
@@ -326,13 +319,3 @@ def _batch(histories, size: int, longest: int, timestamps=None) -> dict[str, np.
         "target_ids": np.zeros(size, np.int32),
         "timestamps": packed([np.zeros(n) for n in lengths] if timestamps is None else timestamps),
     }
-
-
-def _storable(array: np.ndarray) -> np.ndarray:
-    """The same bytes in a dtype that .npy knows; bfloat16 is not one of them."""
-    return array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
