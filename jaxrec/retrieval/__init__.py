@@ -8,7 +8,7 @@ from jaxrec.retrieval.bloom_index import BloomIndex
 from jaxrec.retrieval.filter_text import parse_filter
 from jaxrec.retrieval.filters import F, Filter, FilterError
 from jaxrec.retrieval.fresh import Drift, FreshFullError, LiveIndex
-from jaxrec.retrieval.item_index import Explanation, ItemIndex
+from jaxrec.retrieval.item_index import Explanation, ItemIndex, Route
 from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
 from jaxrec.retrieval.live_server import LiveServer
 from jaxrec.retrieval.masks import spread_tiles, unpack_mask
@@ -54,6 +54,7 @@ __all__ = [
     "Quota",
     "RankExplanation",
     "Retriever",
+    "Route",
     "SearchIndex",
     "SearchPlan",
     "SearchResult",

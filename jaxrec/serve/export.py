@@ -5,7 +5,14 @@
     <folder>/programs/8.stablehlo … one program for each batch size
 
 Tensors are arguments of the programs and not constants in them, so that programs stay small (well
-below a megabyte) and all batch sizes share one copy.
+below a megabyte) and all batch sizes share one copy. A program needs nothing of jaxrec:
+
+    call = jax.export.deserialize(program).call
+    scores, ids, filled, exact = call(arrays, batch, plan)
+
+takes the first `num_state` arrays, as of `dtypes`; the fields of a `JaggedBatch` as a dict; and of
+a `FilterPlan` opcodes, operands and term_ids. `load_exported` adds what makes these from histories
+and filter texts, which is Python and NumPy.
 """
 
 import json
@@ -61,8 +68,10 @@ def export_retriever(
 ) -> Path:
     """Writes a retriever for `load_exported`.
 
-    Batch sizes are fixed: the search's tiles and top-k want static shapes. A request is padded to
-    the smallest size that it fits, whose whole cost it then has.
+    Batch sizes are fixed, and several go into one export. A symbolic size is not possible: the
+    planner's costs, the tiles of a search and the chunks of its reference are Python numbers, and
+    tracing stops with "TypeError: '_DimExpr' object cannot be interpreted as an integer". A request
+    is padded to the smallest size that it fits, whose whole cost it then has.
 
     Args:
       retriever: stays as it is.
@@ -73,8 +82,8 @@ def export_retriever(
       max_length: items of the longest history; a batch of B has B · max_length token slots.
       max_filter_steps: longest filter program, terms and operators together.
       platforms: what the programs can run on, of "cpu", "cuda", "rocm", "tpu". With more than one
-        the portable reference search is exported; for ("cuda",) alone, on a machine with a GPU,
-        what runs there.
+        the portable reference search is exported; for ("cuda",) alone, what runs on this machine's
+        GPU, or on that of the `jax.sharding.use_abstract_mesh` in force, with its kernels.
 
     Raises:
       ExportError: the folder exists, or a size is below 1.
