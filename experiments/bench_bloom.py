@@ -13,12 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments import record
+from experiments import record, report
 from pallas_kernels import BackendError
-from pallas_kernels._timing import Timing, time_interleaved
+from pallas_kernels._timing import copy_of, time_interleaved
 from pallas_kernels.bloom.workloads import WORKLOADS, BloomWorkload
 
 SEED = 0
@@ -31,9 +30,7 @@ def main() -> None:
     options = _options()
     measurements: list[dict[str, Any]] = []
     floors, differing = {}, 0
-    print(
-        f"{'workload':10} {'variant':11} {'p50 us':>10} {'GB/s':>8} {'floor MB':>9} {'x copy':>7}"
-    )
+    report.print_timing_head()
     for name in options.workloads:
         workload = WORKLOADS[name]
         arrays = [jax.device_put(array) for array in workload.arrays(SEED)]
@@ -42,11 +39,11 @@ def main() -> None:
         if differing:
             raise SystemExit(f"{name}: backends differ in {differing} words; nothing is recorded")
         floors[name] = workload.floor_bytes()
-        variants[COPY] = _copy(floors[name])
+        variants[COPY] = copy_of(floors[name])
         timings = time_interleaved(variants, repeats=options.repeats)
         for variant, timing in timings.items():
-            _print_row(name, variant, timing, floors[name], timings[COPY])
-            measurements.append(_measurement(name, variant, timing))
+            report.print_timing(name, variant, timing, floors[name], timings[COPY])
+            measurements.append(record.time_measurement(name, variant, timing))
     path = record.write(
         "bench_bloom",
         config={"workloads": list(options.workloads), "floor_bytes": floors},
@@ -96,34 +93,6 @@ def _differing_words(variants: dict[str, Callable[[], Any]]) -> int:
         for call in variants.values()
         for mask, want in zip(call(), wanted, strict=True)
     )
-
-
-def _copy(num_bytes: int) -> Callable[[], jax.Array]:
-    """Reads half of `num_bytes` and writes the other half: what the memory can do."""
-    source = jnp.zeros(num_bytes // 8, jnp.uint32)
-    return functools.partial(jax.jit(lambda x: x + 1), source)
-
-
-def _print_row(workload: str, variant: str, timing: Timing, floor_bytes: int, copy: Timing) -> None:
-    gbps = floor_bytes / max(timing.p50_us, 1e-9) / 1e3
-    ratio = timing.p50_us / max(copy.p50_us, 1e-9)
-    print(
-        f"{workload:10} {variant:11} {timing.p50_us:10.1f} {gbps:8.1f} "
-        f"{floor_bytes / 1e6:9.2f} {ratio:7.2f}"
-    )
-
-
-def _measurement(workload: str, variant: str, timing: Timing) -> dict[str, Any]:
-    return {
-        "metric": "time",
-        "unit": "us",
-        "workload": workload,
-        "backend": variant,
-        "samples": list(timing.samples_us),
-        "p20": timing.p20_us,
-        "p50": timing.p50_us,
-        "p80": timing.p80_us,
-    }
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import record
+from experiments import record, report
 from pallas_kernels import BackendError, probed_tiles_bound
-from pallas_kernels._timing import Timing, time_interleaved
+from pallas_kernels._timing import Timing, copy_of, time_interleaved
 from pallas_kernels.ivf import TILE_ROWS, IvfKernelConfig, quantise
 from pallas_kernels.ivf.workloads import WORKLOADS, IvfWorkload
 
@@ -41,9 +41,7 @@ def main() -> None:
         print("no NVIDIA GPU here: the kernel and its peers are not measured")
     measurements: list[dict[str, Any]] = []
     floors, answers = {}, {}
-    print(
-        f"{'workload':13} {'variant':12} {'p50 us':>10} {'GB/s':>8} {'floor MB':>9} {'x copy':>7}"
-    )
+    report.print_timing_head()
     for name in options.workloads:
         workload = WORKLOADS[name]
         arrays = {key: jax.device_put(value) for key, value in workload.arrays(SEED).items()}
@@ -52,12 +50,12 @@ def main() -> None:
         if sum(found["wrong"] for found in answers[name].values()):
             raise SystemExit(f"{name}: wrong scores, nothing is recorded: {answers[name]}")
         floors[name] = workload.floor_bytes()
-        variants[COPY] = _copy(floors[name])
+        variants[COPY] = copy_of(floors[name])
         timings = time_interleaved(variants, repeats=options.repeats)
         timings |= _peers(workload, arrays, variants, answers[name], options.repeats)
         for variant, timing in timings.items():
-            _print_row(name, variant, timing, floors[name], timings[COPY])
-            measurements.append(_measurement(name, variant, timing))
+            report.print_timing(name, variant, timing, floors[name], timings[COPY])
+            measurements.append(record.time_measurement(name, variant, timing))
     path = record.write(
         "bench_ivf",
         config={"workloads": list(options.workloads), "floor_bytes": floors},
@@ -114,12 +112,6 @@ def _recall(rows: np.ndarray, wanted: np.ndarray) -> float:
     """Share of the wanted rows that were found."""
     hits = [np.isin(want[want >= 0], row) for row, want in zip(rows, wanted, strict=True)]
     return float(np.mean(np.concatenate(hits))) if sum(map(len, hits)) else 1.0
-
-
-def _copy(num_bytes: int) -> Callable[[], jax.Array]:
-    """Reads half of `num_bytes` and writes the other half: what the memory can do."""
-    source = jnp.zeros(num_bytes // 8, jnp.uint32)
-    return functools.partial(jax.jit(lambda x: x + 1), source)
 
 
 def _peers(workload, arrays, variants, answers, repeats: int) -> dict[str, Timing]:
@@ -255,28 +247,6 @@ def _triton_kernel() -> Any:
             tl.store(out, tl.where(passes != 0, score, float("-inf")))
 
     return scan
-
-
-def _print_row(workload: str, variant: str, timing: Timing, floor_bytes: int, copy: Timing) -> None:
-    gbps = floor_bytes / max(timing.p50_us, 1e-9) / 1e3
-    ratio = timing.p50_us / max(copy.p50_us, 1e-9)
-    print(
-        f"{workload:13} {variant:12} {timing.p50_us:10.1f} {gbps:8.1f} "
-        f"{floor_bytes / 1e6:9.2f} {ratio:7.2f}"
-    )
-
-
-def _measurement(workload: str, variant: str, timing: Timing) -> dict[str, Any]:
-    return {
-        "metric": "time",
-        "unit": "us",
-        "workload": workload,
-        "backend": variant,
-        "samples": list(timing.samples_us),
-        "p20": timing.p20_us,
-        "p50": timing.p50_us,
-        "p80": timing.p80_us,
-    }
 
 
 if __name__ == "__main__":

@@ -191,8 +191,8 @@ def serve_stage(config: Quickstart) -> None:
             "filters": by_filter,
             "probes": by_probes,
             "answers": answers,
-            "nprobe": item_index(retriever).nprobe,
-            "nlist": item_index(retriever).ivf.nlist,
+            "nprobe": index.nprobe,
+            "nlist": index.ivf.nlist,
         },
     )
 
@@ -274,13 +274,14 @@ def item_index(retriever: Retriever) -> ItemIndex:
 
 def num_results(retriever: Retriever) -> int:
     """K, or all items of a smaller catalogue."""
-    return min(K, item_index(retriever).bloom.num_items, item_index(retriever).ivf.num_items)
+    return min(K, retriever.index.max_k)
 
 
 def eligible_items(retriever: Retriever, text: str | None) -> np.ndarray:
     """Numbers of the items that pass a filter."""
-    mask = item_index(retriever).bloom.search(retriever.compile([text]), exact=True)
-    row_ids = np.asarray(item_index(retriever).ivf.row_ids)
+    index = item_index(retriever)
+    mask = index.bloom.search(index.compile([text]), exact=True)
+    row_ids = np.asarray(index.ivf.row_ids)
     return np.sort(row_ids[np.asarray(unpack_mask(mask, len(row_ids)))[0]])
 
 
@@ -319,13 +320,13 @@ def tower_outputs(retriever: Retriever, batch: Any) -> tuple[np.ndarray, np.ndar
 def measure_probes(retriever: Retriever, questions: EvalSet) -> list[dict[str, Any]]:
     """Recall of the bare index, without a filter, by the number of probed lists."""
     queries, table = tower_outputs(retriever, query_batch(retriever.model, questions))
-    ivf, k = item_index(retriever).ivf, num_results(retriever)
+    index, k = item_index(retriever), num_results(retriever)
     truth = brute_force(queries, table, np.arange(1, len(table)), k=k)
-    probes = sorted({1, 2, 4, 8, 16, 32, 64, item_index(retriever).nprobe, ivf.nlist})
+    probes = sorted({1, 2, 4, 8, 16, 32, 64, index.nprobe, index.ivf.nlist})
     return [
-        {"nprobe": n, "recall": recall(ivf.search(queries, k=k, nprobe=n).ids, truth)}
+        {"nprobe": n, "recall": recall(index.ivf.search(queries, k=k, nprobe=n).ids, truth)}
         for n in probes
-        if n <= ivf.nlist
+        if n <= index.ivf.nlist
     ]
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels._timing import Timing
+
 SCHEMA_VERSION = 1
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -78,6 +80,20 @@ def write(
         path = path.with_stem(path.stem + "x")
     write_json(path, result)
     return path
+
+
+def time_measurement(workload: str, variant: str, timing: Timing) -> dict[str, Any]:
+    """The entry of `measurements` for times of one variant."""
+    return {
+        "metric": "time",
+        "unit": "us",
+        "workload": workload,
+        "backend": variant,
+        "samples": list(timing.samples_us),
+        "p20": timing.p20_us,
+        "p50": timing.p50_us,
+        "p80": timing.p80_us,
+    }
 
 
 def command_line() -> str:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels._timing import Timing
+
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c2430; max-width: 60rem; margin: 2.5rem auto;
        padding: 0 1.25rem; }
@@ -153,6 +155,23 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(*[cell(value) for value in row.values()])
     console = Console()
     (console if console.is_terminal else Console(width=110)).print(table)
+
+
+def print_timing_head() -> None:
+    """The head over the lines of `print_timing`."""
+    names = f"{'workload':13} {'variant':12}"
+    print(f"{names} {'p50 us':>10} {'GB/s':>8} {'floor MB':>9} {'x copy':>7}", flush=True)
+
+
+def print_timing(
+    workload: str, variant: str, timing: Timing, floor_bytes: int, copy: Timing
+) -> None:
+    """A kernel's median time, the rate at which it moves its floor, and the time by a copy's."""
+    gbps = floor_bytes / max(timing.p50_us, 1e-9) / 1e3
+    ratio = timing.p50_us / max(copy.p50_us, 1e-9)
+    names = f"{workload:13} {variant:12}"
+    rates = f"{timing.p50_us:10.1f} {gbps:8.1f} {floor_bytes / 1e6:9.2f} {ratio:7.2f}"
+    print(f"{names} {rates}", flush=True)
 
 
 def write_page(path: Path, *, title: str, lead: str, sections: Sequence[tuple[str, str]]) -> Path:

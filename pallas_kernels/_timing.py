@@ -1,5 +1,6 @@
 """A timer for work on the device: interleaved variants, a cold L2 cache, quantiles."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,12 @@ def time_interleaved(
             seconds = _seconds(variants[name], calls, flush) - writes
             samples[name].append(max(seconds, 0.0) / calls * 1e6)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def copy_of(num_bytes: int) -> Callable[[], jax.Array]:
+    """Reads half of `num_bytes` and writes the other half: what the memory can do."""
+    source = jnp.zeros(num_bytes // 8, jnp.uint32)
+    return functools.partial(jax.jit(lambda x: x + 1), source)
 
 
 def _seconds(call: Callable[[], Any], calls: int, flush: "_Flush") -> float:

@@ -8,6 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "typing",
+    "parse_errors",
+    "file_manifest",
+    "array_files",
     "orbax_log",
     "sharding",
     "functional",

@@ -12,11 +12,12 @@ In JSON a number or true/false is itself, a name is a string, everything else an
 key: {"*": [2, {"if": [{">": ["click", 0.5]}, "like", 0]}]}.
 """
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
+
+from jaxrec.parse_errors import caret_message, unknown_name
 
 MAX_DEPTH = 100
 """Levels of the tree at most, so that walking it cannot exhaust Python's stack."""
@@ -183,13 +184,6 @@ def _apply(op: str, args: "list[Expression]") -> Apply:
     return Apply(op, tuple(args), result, depth)
 
 
-def unknown_name(name: str, known: Collection[str], kind: str = "name") -> tuple[str, str]:
-    """What was found and what was expected, with the closest known name first."""
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"unknown {kind} {name!r}{hint}", "one of " + (", ".join(sorted(known)) or "no names")
-
-
 # -------------------------------------------------------------------------------------------- JSON
 
 
@@ -260,14 +254,7 @@ class Token(NamedTuple):
 
 
 def _error(text: str, at: int, what: str, expected: str) -> FormulaError:
-    """The message with the part of the text around column `at` and a caret under the column."""
-    begin, end = max(0, at - 60), at + 40
-    shown = re.sub(r"\s", " ", text[begin:end])
-    left, right = "…" if begin else "", "…" if end < len(text) else ""
-    caret = " " * (at - begin + len(left)) + "^"
-    return FormulaError(
-        f"column {at + 1}: {what}; expected {expected}\n  {left}{shown}{right}\n  {caret}"
-    )
+    return FormulaError(caret_message(text, at, what, expected))
 
 
 def _tokens(text: str) -> list[Token]:

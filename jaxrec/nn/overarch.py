@@ -4,6 +4,7 @@ An item's share of the work depends on its embedding alone: `item_components` co
 whole catalogue once, at publishing, and the serving call gathers the candidates' rows.
 """
 
+import abc
 import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -55,13 +56,15 @@ class ResidualOverArch(nnx.Module):
         self.config = config
         self.scale = nnx.Param(jnp.asarray(config.scale, jnp.float32))
 
+    @abc.abstractmethod
     def _components(self, item_embeddings: jax.Array) -> dict[str, jax.Array]:
-        raise NotImplementedError
+        """What `_score` needs of each item."""
 
+    @abc.abstractmethod
     def _score(
         self, query: jax.Array, components: dict[str, jax.Array], valid: jax.Array
     ) -> jax.Array:
-        raise NotImplementedError
+        """f for each query and candidate, [M, K0]."""
 
     def item_components(self, item_embeddings: Float[Array, "V D"]) -> dict[str, jax.Array]:
         """Everything that scores need of an item; each array leads with V."""

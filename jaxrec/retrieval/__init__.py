@@ -8,7 +8,7 @@ from jaxrec.retrieval.bloom_index import BloomIndex
 from jaxrec.retrieval.filter_text import parse_filter
 from jaxrec.retrieval.filters import F, Filter, FilterError
 from jaxrec.retrieval.fresh import Drift, FreshFullError, LiveIndex
-from jaxrec.retrieval.item_index import Explanation, ItemIndex
+from jaxrec.retrieval.item_index import Explanation, ItemIndex, Route
 from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
 from jaxrec.retrieval.live_server import LiveServer
 from jaxrec.retrieval.masks import spread_tiles, unpack_mask
@@ -20,7 +20,13 @@ from jaxrec.retrieval.search_index import SearchIndex
 from jaxrec.retrieval.sharded import ShardedIndex
 
 try:
-    from jaxrec.retrieval.publish import PublishError, load_retriever, publish, save_retriever
+    from jaxrec.retrieval.publish import (
+        PublishError,
+        PublishWarning,
+        load_retriever,
+        publish,
+        save_retriever,
+    )
     from jaxrec.retrieval.ranking import component_columns
     from jaxrec.retrieval.retriever import IndexState, RankExplanation, Retriever
 except ModuleNotFoundError as error:
@@ -44,9 +50,11 @@ __all__ = [
     "LiveIndex",
     "LiveServer",
     "PublishError",
+    "PublishWarning",
     "Quota",
     "RankExplanation",
     "Retriever",
+    "Route",
     "SearchIndex",
     "SearchPlan",
     "SearchResult",

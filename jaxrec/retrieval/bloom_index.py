@@ -36,7 +36,7 @@ from jaxrec.retrieval.bloom_update import (
 )
 from jaxrec.retrieval.filter_text import FilterLike, to_tree
 from jaxrec.retrieval.filters import Term, rejecting_part
-from jaxrec.retrieval.masks import pack_bits, set_bits, tile_word_numbers, unpack_bits
+from jaxrec.retrieval.masks import bit_at, pack_bits, set_bits, tile_word_numbers, unpack_bits
 from jaxrec.retrieval.plan import FilterPlan, compile_plan, evaluate
 from jaxrec.retrieval.terms import ItemTerms, TermCatalog, collect_terms, number_terms
 from pallas_kernels import BloomMasks, bloom_search, bloom_update
@@ -413,8 +413,7 @@ class BloomIndex:
         queries = jnp.broadcast_to(jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None], rows.shape)
         safe = jnp.maximum(rows, 0).ravel()
         passes = self._evaluate(plan, queries.ravel(), safe).reshape(rows.shape)
-        held = (jnp.asarray(self.live)[safe // 32] >> (safe % 32).astype(jnp.uint32)) & 1
-        return passes & (rows >= 0) & held.reshape(rows.shape).astype(bool)
+        return passes & bit_at(self.live, rows)
 
     def explain(self, filter: FilterLike, item: int) -> str | None:
         """The smallest part of the filter that rejects the item (bit position); None if it passes.
@@ -426,7 +425,7 @@ class BloomIndex:
             raise ValueError(
                 f"item is {item}; the index has the positions 0 to {self.num_items - 1}"
             )
-        if not int(self.live[item // 32]) >> item % 32 & 1:
+        if not bit_at(self.live, np.array(item, np.int32)):
             raise ValueError(f"position {item} holds no item")
         begin, end = np.asarray(self.term_spans[item])
         held = {int(term) for term in self.term_values[begin:end]}

@@ -9,12 +9,12 @@ letters, digits and `_ - . / + @ # % *` are quoted. The empty text (and ALL) is 
 nothing. `parse_filter(str(tree)) == tree`.
 """
 
-import difflib
 import functools
 import re
 from collections.abc import Collection
 from typing import NamedTuple
 
+from jaxrec.parse_errors import caret_message, unknown_name
 from jaxrec.retrieval.filters import (
     KEYWORDS,
     WORD,
@@ -72,14 +72,7 @@ def _tokens(text: str) -> list[Token]:
 
 
 def _error(text: str, at: int, what: str, expected: str) -> FilterError:
-    """The message with the part of the text around column `at` and a caret under the column."""
-    begin, end = max(0, at - 60), at + 40
-    shown = re.sub(r"\s", " ", text[begin:end])
-    left, right = "…" if begin else "", "…" if end < len(text) else ""
-    caret = " " * (at - begin + len(left)) + "^"
-    return FilterError(
-        f"column {at + 1}: {what}; expected {expected}\n  {left}{shown}{right}\n  {caret}"
-    )
+    return FilterError(caret_message(text, at, what, expected))
 
 
 _BINDING = {"OR": 1, "AND": 2, "NOT": 3}
@@ -141,7 +134,7 @@ class _Parser:
 
     def term(self, name: Token) -> Filter:
         if self.features is not None and name.text not in self.features:
-            raise _error(self.text, name.start, *unknown_feature(name.text, self.features))
+            raise _error(self.text, name.start, *unknown_name(name.text, self.features, "feature"))
         separator = self.next()
         if separator.kind == "IN":
             self.expect("[", "'[' and a list of values")
@@ -193,13 +186,6 @@ class _Parser:
             self.operands.append(combine(reversed(run)))
 
 
-def unknown_feature(name: str, features: Collection[str]) -> tuple[str, str]:
-    """What was found and what was expected, with the closest known name first."""
-    close = difflib.get_close_matches(name, features, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"unknown feature {name!r}{hint}", "one of " + ", ".join(sorted(features))
-
-
 @functools.lru_cache(maxsize=4096)
 def _parse_cached(text: str, features: frozenset[str] | None) -> Filter:
     return _Parser(text, features).parse()
@@ -235,5 +221,5 @@ def to_tree(filter: FilterLike, features: Collection[str]) -> Filter:
         raise FilterError(f"a filter is a text, a tree or None, not {filter!r}")
     for term in terms_of(filter):
         if term.feature not in features:
-            raise FilterError("; expected ".join(unknown_feature(term.feature, features)))
+            raise FilterError("; expected ".join(unknown_name(term.feature, features, "feature")))
     return filter

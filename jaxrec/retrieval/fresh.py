@@ -242,20 +242,22 @@ class LiveIndex:
         filter: FilterLike,
         item: int,
         *,
+        k: int = 100,
         nprobe: int | None = None,
     ) -> Explanation:
         """What the search makes of one item for one query vector. Host only.
 
-        Fresh items lie in one list, of rank 0, that is always scanned.
+        Fresh items lie in one list, of rank 0, that is always scanned. The route is that through
+        the item's own part.
 
         Raises:
           ValueError: the index holds no such item.
         """
         main_row, fresh_row = (int(rows[0]) for rows in self._rows([item]))
         if fresh_row >= 0:
-            return self.fresh.explain(query, filter, item)
+            return self.fresh.explain(query, filter, item, k=k)
         if main_row >= 0:
-            return self.main.explain(query, filter, item, nprobe=nprobe)
+            return self.main.explain(query, filter, item, k=k, nprobe=nprobe)
         raise ValueError(f"the index holds no item {item}")
 
     def upsert(

@@ -26,10 +26,26 @@ from jaxrec.retrieval.ivf_index import (
 )
 from jaxrec.retrieval.masks import chosen_rows
 from jaxrec.retrieval.plan import FilterPlan
-from jaxrec.retrieval.planner import CostModel, SearchPlan, recall_curve, tuned_costs
-from pallas_kernels import IVF_MAX_K
+from jaxrec.retrieval.planner import CostModel, SearchPlan, Strategy, recall_curve, tuned_costs
+from pallas_kernels import IVF_MAX_K, IVF_TILE_ROWS
 
 type _Array = jax.Array | np.ndarray
+
+
+class Route(NamedTuple):
+    """How the planner searches for one query that comes alone.
+
+    Attributes:
+      strategy: what it chose.
+      eligible: rows that possibly pass the filter.
+      probes: lists that are scanned; 0 where the strategy probes none.
+      cost_us: what it reckons that to take, in microseconds.
+    """
+
+    strategy: Strategy
+    eligible: int
+    probes: int
+    cost_us: float
 
 
 class Explanation(NamedTuple):
@@ -38,10 +54,10 @@ class Explanation(NamedTuple):
     Attributes:
       rejected_by: smallest part of the filter that rejects the item; None if it passes.
       list_rank: how many lists score better than the item's own; it is scanned if below nprobe.
-      probed: whether the item's list is scanned where lists are probed; `ItemIndex.plan_of` tells
-        where they are.
+      probed: whether the item's list is scanned where lists are probed, which `route` tells.
       score: inner product of the query and the item's row.
       code_score: the same from the int8 codes.
+      route: how this query is searched if it comes alone.
     """
 
     rejected_by: str | None
@@ -49,6 +65,7 @@ class Explanation(NamedTuple):
     probed: bool
     score: float
     code_score: float
+    route: Route
 
 
 @functools.partial(
@@ -249,9 +266,13 @@ class ItemIndex:
         filter: FilterLike,
         item: int,
         *,
+        k: int = 100,
         nprobe: int | None = None,
     ) -> Explanation:
         """What the search makes of one item for one query vector. Host only.
+
+        Args:
+          k, nprobe: of the search that is explained; k is cut to the number of items.
 
         Raises:
           ValueError: the index holds no such item.
@@ -276,7 +297,24 @@ class ItemIndex:
             probed=rank < (self.nprobe if nprobe is None else nprobe),
             score=score,
             code_score=code_score,
+            route=self._route(query[None], self.compile([filter]), min(k, self.max_k), nprobe),
         )
+
+    def _route(self, query, plan: FilterPlan, k: int, nprobe: int | None) -> Route:
+        """Host only."""
+        planned = self.plan_of(query, plan, k=k, nprobe=nprobe)
+        strategy, eligible, probes = (int(values[0]) for values in planned)
+        (num_rows, width), costs = self.ivf.codes.shape, tuned_costs()
+        match Strategy(strategy):
+            case Strategy.COMPACT:
+                cost = float(costs.compact(num_rows // 32, eligible, 1, width))
+            case Strategy.PROBE:
+                tiles = np.diff(self.ivf.tile_offsets)
+                lists = np.asarray(rank_lists(self.ivf, query))[0, :probes]
+                cost = float(costs.probe(int(tiles[lists].sum()) * IVF_TILE_ROWS, width))
+            case Strategy.SCAN:
+                cost = float(costs.scan(num_rows, 1, width))
+        return Route(Strategy(strategy), eligible, probes, cost / 1e3)
 
 
 @functools.partial(jax.jit, static_argnames="options")

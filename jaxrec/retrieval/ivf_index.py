@@ -129,6 +129,10 @@ class IVFIndex:
         """
         rows = np.asarray(embeddings, np.float32)
         ids = _checked_ids(np.arange(len(rows)) if row_ids is None else row_ids, rows)
+        if not len(rows):
+            raise ValueError(
+                "no items to index; begin with LiveIndex.empty, to which items are added"
+            )
         if metric not in ("ip", "cosine"):
             raise ValueError(f"metric is {metric!r}; expected 'ip' or 'cosine'")
         if not 1 <= nlist <= len(rows):

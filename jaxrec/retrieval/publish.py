@@ -1,16 +1,18 @@
 """Publishing: a trained model and its indexes as one versioned, checked Orbax checkpoint.
 
-    <folder>/<version>/tower        weights, all variables but random state
-    <folder>/<version>/index        index tensors and the term catalogue
-    <folder>/<version>/metadata     model config, static index fields, value model, merge policy,
-                                    content hashes (JSON)
+    <folder>/<version>/tower        weights, all variables but random state (.npy)
+    <folder>/<version>/index        index tensors and the term catalogue (.npy)
+    <folder>/<version>/metadata     model config, static index fields, value model, merge policy
     <folder>/<version>/vocabulary   raw item ids (JSON)
+    <folder>/<version>/files.json   sizes and SHA-256 of all files above; written last
 
-A version appears in one rename, complete or not at all. Loading rebuilds nothing.
+A version is published once its files.json is there. Weights and index are one version, and no file
+of it can be exchanged for another version's unnoticed. Loading rebuilds nothing.
 """
 
-import hashlib
+import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -23,8 +25,10 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from jaxrec.file_manifest import find_damage, list_files
 from jaxrec.nn import ValueModel
 from jaxrec.orbax_log import hushed_orbax
+from jaxrec.retrieval.array_handler import RestoreArrays, SaveArrays
 from jaxrec.retrieval.bloom_index import BloomIndex
 from jaxrec.retrieval.item_index import ItemIndex
 from jaxrec.retrieval.ivf_index import IVFIndex, Metric
@@ -32,16 +36,20 @@ from jaxrec.retrieval.merge import Policy, Quota
 from jaxrec.retrieval.retriever import Retriever, Vocabulary
 from jaxrec.retrieval.terms import TermCatalog
 
-FORMAT = 3
+FORMAT = 4
 _ITEMS = ("tower", "index", "metadata", "vocabulary")
 _NODES = {cls.__name__: cls for cls in (ItemIndex, IVFIndex, BloomIndex)}
-_HASH_BYTES = 1 << 26
+_FILES = "files.json"
 
 type _Path = str | os.PathLike[str]
 
 
 class PublishError(ValueError):
     """A published version that is missing, damaged, or does not fit the model."""
+
+
+class PublishWarning(UserWarning):
+    """A damaged or unfinished version was passed over."""
 
 
 def publish(
@@ -101,9 +109,8 @@ def save_retriever(
         "index": layout,
         "value_model": value_model.to_json() if value_model is not None else None,
         "merge": _merge_json(retriever.merge),
-        "tower_sha256": content_hash(tower),
-        "index_sha256": content_hash(index),
-        "index_arrays": {name: [list(x.shape), str(x.dtype)] for name, x in index.items()},
+        "tower_arrays": _shapes(tower),
+        "index_arrays": _shapes(index),
     }
     vocabulary = retriever.vocabulary
     raw_ids = None if vocabulary is None else list(vocabulary.raw_ids)
@@ -112,14 +119,22 @@ def save_retriever(
         manager.save(
             version,
             args=ocp.args.Composite(
-                tower=ocp.args.StandardSave(tower),  # type: ignore[call-arg]
-                index=ocp.args.StandardSave(index),  # type: ignore[call-arg]
+                tower=SaveArrays(tower),
+                index=SaveArrays(index),
                 metadata=ocp.args.JsonSave(metadata),  # type: ignore[call-arg]
                 vocabulary=ocp.args.JsonSave({"raw_ids": raw_ids}),  # type: ignore[call-arg]
             ),
         )
         manager.wait_until_finished()
+    _seal(Path(folder) / str(version))
     return version
+
+
+def _seal(version: Path) -> None:
+    """Lists the files of a version that is written, which makes it a published one."""
+    partial = version / f".{_FILES}.partial"
+    partial.write_text(json.dumps(list_files(version), indent=1))
+    partial.rename(version / _FILES)
 
 
 def load_retriever(
@@ -127,29 +142,27 @@ def load_retriever(
     *,
     build_model: Callable[[dict[str, Any]], nnx.Module],
     version: int | None = None,
+    check: bool = True,
 ) -> Retriever:
     """Restores a published version; its answers are bit for bit those of the published retriever.
 
     Args:
       folder: as given to `publish`.
       build_model: makes the untrained model from the published `model_config`.
-      version: None takes the newest.
+      version: None takes the newest one that is whole; a newer one that is damaged or unfinished
+        is passed over with a `PublishWarning` that names the file.
+      check: read all files once to compare their SHA-256 with the published ones, before anything
+        is made of them; presence and sizes are checked always.
 
     Raises:
-      PublishError: no such version; a part is missing or damaged; the weights do not fit the model
-        that `build_model` made; or weights and index are not the pair that was published.
+      PublishError: no such version; a file is missing or damaged; or the weights do not fit the
+        model that `build_model` made.
     """
     root = Path(folder)
     if not root.is_dir():
         raise PublishError(f"{root} is not a folder; publish a retriever there first")
     with _manager(root, create=False) as manager:
-        versions = sorted(manager.all_steps())
-        if not versions or (version is not None and version not in versions):
-            raise PublishError(
-                f"{root} has no version{'' if version is None else f' {version}'}; "
-                f"published are: {', '.join(map(str, versions)) or 'none'}"
-            )
-        chosen = versions[-1] if version is None else version
+        chosen = _choose(root, sorted(manager.all_steps()), version, check)
         at = root / str(chosen)
         read = _Reader(manager, chosen, at)
         metadata = read.json("metadata")
@@ -159,16 +172,10 @@ def load_retriever(
                 f"reads format {FORMAT}: publish again"
             )
         model = build_model(metadata["model_config"])
-        tower = read.arrays("tower", _tower_arrays(model))
-        shapes = metadata["index_arrays"].items()
-        index = read.arrays("index", {n: jax.ShapeDtypeStruct(s, d) for n, (s, d) in shapes})
+        _check_model(at / "tower", metadata["tower_arrays"], _shapes(_tower_arrays(model)))
+        tower = read.arrays("tower", metadata["tower_arrays"])
+        index = read.arrays("index", metadata["index_arrays"])
         raw_ids = read.json("vocabulary")["raw_ids"]
-    for part, arrays in (("tower", tower), ("index", index)):
-        if content_hash(arrays) != metadata[f"{part}_sha256"]:
-            raise PublishError(
-                f"{at / part} is not what was published as version {chosen}: weights and index "
-                "belong together; restore the whole version folder or publish again"
-            )
     _set_tower_arrays(model, tower)
     items = _rebuild(metadata["index"], index)
     described, merge = metadata["value_model"], metadata["merge"]
@@ -181,6 +188,52 @@ def load_retriever(
     )
 
 
+def _choose(root: Path, versions: Sequence[int], wanted: int | None, check: bool) -> int:
+    """The version asked for, which must be whole, or the newest that is."""
+    if not versions or (wanted is not None and wanted not in versions):
+        raise PublishError(
+            f"{root} has no version{'' if wanted is None else f' {wanted}'}; "
+            f"published are: {', '.join(map(str, versions)) or 'none'}"
+        )
+    passed_over = []
+    for version in reversed(versions) if wanted is None else [wanted]:
+        damage = _damage(root / str(version), check)
+        if damage is None:
+            for what in passed_over:
+                warnings.warn(f"{what}: version {version} is used", PublishWarning, stacklevel=3)
+            return version
+        passed_over.append(damage)
+    raise PublishError(
+        f"{'; '.join(passed_over)}. Restore the whole version folder from a copy, load another "
+        "version, or publish again"
+    )
+
+
+def _damage(version: Path, check: bool) -> str | None:
+    try:
+        files = json.loads((version / _FILES).read_text())
+    except FileNotFoundError:
+        return f"{version / _FILES} is missing: the version was never finished, or was damaged"
+    except ValueError as error:
+        return f"{version / _FILES} is damaged ({error})"
+    return find_damage(version, files, contents=check)
+
+
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
+
+
+def _check_model(tower: Path, published: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Raises PublishError unless the model has the arrays that were published."""
+    for name in sorted({*published, *model}):
+        kinds = [f"{x[name][1]}{x[name][0]}" if name in x else "absent" for x in (published, model)]
+        if kinds[0] != kinds[1]:
+            raise PublishError(
+                f"{tower}: {name} is {kinds[0]} there and {kinds[1]} in the model; build_model "
+                "must make the model that was published"
+            )
+
+
 def _merge_json(merge: str | Policy) -> Any:
     if isinstance(merge, str):
         return merge
@@ -190,21 +243,6 @@ def _merge_json(merge: str | Policy) -> Any:
         f"the merge policy {merge!r} is a function of yours, which cannot be published: publish "
         "with a named one, and pass yours on as Retriever(..., merge=...) after loading"
     )
-
-
-def content_hash(arrays: Mapping[str, Any]) -> str:
-    """SHA-256 over names, shapes, dtypes and contents."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        # A device's array comes to the host in pieces.
-        rows = array.reshape(-1) if array.ndim == 0 else array
-        step = max(1, _HASH_BYTES * len(rows) // max(rows.nbytes, 1))
-        for begin in range(0, len(rows), step):
-            piece = np.ascontiguousarray(np.asarray(rows[begin : begin + step]))
-            digest.update(piece.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -227,35 +265,19 @@ class _Reader:
     def json(self, item: str) -> dict[str, Any]:
         return self._restore(item, ocp.args.JsonRestore())
 
-    def arrays(self, item: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        # Saved on other devices than this machine has, perhaps: everything goes to the first one.
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = {
-            n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for n, x in wanted.items()
-        }
-        restored = self._restore(item, ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
-        for name, leaf in abstract.items():
-            if restored[name].shape != leaf.shape:
-                raise PublishError(
-                    f"{self.folder / item}: {name} has shape {restored[name].shape} and the model "
-                    f"{leaf.shape}; build_model must make the model that was published"
-                )
-        return restored
+    def arrays(self, item: str, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        return self._restore(
+            item, RestoreArrays({name: dtype for name, (_, dtype) in shapes.items()})
+        )
 
     def _restore(self, item: str, args: Any) -> Any:
-        if not (self.folder / item).exists():
-            raise PublishError(
-                f"{self.folder / item} is missing; restore the whole version folder from a copy, "
-                "load another version, or publish again"
-            )
         try:
             return self.manager.restore(self.version, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as error:
             # Whatever Orbax or the file system raises, people need to know which part it was.
             raise PublishError(
-                f"{self.folder / item} cannot be read ({type(error).__name__}: {error}). It is "
-                "damaged, or build_model makes another model than the published one; restore the "
-                "folder from a copy, load another version, or publish again"
+                f"{self.folder / item} cannot be read ({type(error).__name__}: {error}); load "
+                "another version, or publish again"
             ) from error
 
 
@@ -279,6 +301,8 @@ def _set_tower_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> None:
 def _describe(node: Any, name: str, arrays: dict[str, Any]) -> Any:
     """The node as JSON; its arrays go to `arrays` under their paths, and the JSON names them."""
     if isinstance(node, jax.Array | np.ndarray):
+        if not node.size:
+            return {"empty": [list(node.shape), str(node.dtype)]}
         arrays[name] = node
         return {"array": name}
     if isinstance(node, bytes):
@@ -308,6 +332,8 @@ def _rebuild(layout: Any, arrays: Mapping[str, Any]) -> Any:
     match layout:
         case {"array": name}:
             return arrays[name]
+        case {"empty": [shape, dtype]}:
+            return np.zeros(shape, dtype)
         case {"bytes": inner}:
             return np.asarray(_rebuild(inner, arrays)).tobytes()
         case {"catalog": catalog, "hashes": hashes, "head_rows": head_rows}:

@@ -259,19 +259,24 @@ class Retriever(nnx.Module):
         filter: FilterLike,
         item: int,
         *,
+        k: int | None = None,
         nprobe: int | None = None,
     ) -> RankExplanation:
         """What search and ranking make of one item for one user. Host only.
 
         Args:
           query: the user's vector, or one a task; a row of `queries`.
+          k: items that are searched for, as candidates where they are ranked; None takes 1000 then
+            and 100 otherwise.
+          nprobe: see `ItemIndex.search`.
 
         Raises:
           ValueError: the index holds no such item.
         """
+        k = (CANDIDATES if self.ranks else 100) if k is None else k
         index, queries = self.index, jnp.asarray(query, jnp.float32).reshape(len(self.tasks), -1)
         search = {
-            task: index.explain(own, filter, item, nprobe=nprobe)
+            task: index.explain(own, filter, item, k=k, nprobe=nprobe)
             for task, own in zip(self.tasks, queries, strict=True)
         }
         ids, valid = jnp.full((1, 1), item, jnp.int32), jnp.ones((1, 1), bool)

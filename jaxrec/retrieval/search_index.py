@@ -77,6 +77,7 @@ class SearchIndex(Protocol):
         filter: FilterLike,
         item: int,
         *,
+        k: int = 100,
         nprobe: int | None = None,
     ) -> Explanation:
         """What the search makes of one item for one query vector."""

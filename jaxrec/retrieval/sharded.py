@@ -191,9 +191,10 @@ class ShardedIndex:
         filter: FilterLike,
         item: int,
         *,
+        k: int = 100,
         nprobe: int | None = None,
     ) -> Explanation:
-        """See `ItemIndex.explain`. Host only, and in one process only.
+        """See `ItemIndex.explain`; the route is that of the item's shard. In one process only.
 
         Raises:
           ValueError: no shard holds such an item, or shards belong to other processes.
@@ -205,7 +206,7 @@ class ShardedIndex:
         for number in range(self.num_shards):
             shard = self._shard([np.asarray(x[number]) for x in self.arrays])
             if int(np.asarray(shard.ivf.rows_of(np.array([item], np.int32)))[0]) >= 0:
-                return shard.explain(query, filter, item, nprobe=nprobe)
+                return shard.explain(query, filter, item, k=k, nprobe=nprobe)
         raise ValueError(f"the index holds no item {item}")
 
     def _shard(self, arrays: Sequence[Any]) -> ItemIndex:

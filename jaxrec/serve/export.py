@@ -5,10 +5,16 @@
     <folder>/programs/8.stablehlo … one program for each batch size
 
 Tensors are arguments of the programs and not constants in them, so that programs stay small (well
-below a megabyte) and all batch sizes share one copy.
+below a megabyte) and all batch sizes share one copy. A program needs nothing of jaxrec:
+
+    call = jax.export.deserialize(program).call
+    scores, ids, filled, exact = call(arrays, batch, plan)
+
+takes the first `num_state` arrays, as of `dtypes`; the fields of a `JaggedBatch` as a dict; and of
+a `FilterPlan` opcodes, operands and term_ids. `load_exported` adds what makes these from histories
+and filter texts, which is Python and NumPy.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from jaxrec.array_files import read_array, write_array
+from jaxrec.file_manifest import find_damage, list_files
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.retrieval.filter_text import parse_filter
 from jaxrec.retrieval.item_index import ItemIndex
@@ -60,8 +68,10 @@ def export_retriever(
 ) -> Path:
     """Writes a retriever for `load_exported`.
 
-    Batch sizes are fixed: the search's tiles and top-k want static shapes. A request is padded to
-    the smallest size that it fits, whose whole cost it then has.
+    Batch sizes are fixed, and several go into one export. A symbolic size is not possible: the
+    planner's costs, the tiles of a search and the chunks of its reference are Python numbers, and
+    tracing stops with "TypeError: '_DimExpr' object cannot be interpreted as an integer". A request
+    is padded to the smallest size that it fits, whose whole cost it then has.
 
     Args:
       retriever: stays as it is.
@@ -72,8 +82,8 @@ def export_retriever(
       max_length: items of the longest history; a batch of B has B · max_length token slots.
       max_filter_steps: longest filter program, terms and operators together.
       platforms: what the programs can run on, of "cpu", "cuda", "rocm", "tpu". With more than one
-        the portable reference search is exported; for ("cuda",) alone, on a machine with a GPU,
-        what runs there.
+        the portable reference search is exported; for ("cuda",) alone, what runs on this machine's
+        GPU, or on that of the `jax.sharding.use_abstract_mesh` in force, with its kernels.
 
     Raises:
       ExportError: the folder exists, or a size is below 1.
@@ -123,14 +133,11 @@ def export_retriever(
     (partial / "programs").mkdir()
     catalog = [bloom.catalog.hashes, bloom.catalog.head_rows]
     for number, array in enumerate([*state, *catalog]):
-        np.save(partial / "arrays" / f"{number:05}.npy", _storable(np.asarray(array)))
+        write_array(partial / "arrays" / f"{number:05}.npy", array)
     about["dtypes"] = [str(x.dtype) for x in state]
     for size, program in programs.items():
         (partial / "programs" / f"{size}.stablehlo").write_bytes(program.serialize())
-    files = sorted(file for file in partial.rglob("*") if file.is_file())
-    about["files"] = {
-        file.relative_to(partial).as_posix(): [file.stat().st_size, _sha256(file)] for file in files
-    }
+    about["files"] = list_files(partial)
     (partial / "exported.json").write_text(json.dumps(about, indent=1))
     partial.rename(folder)
     return folder
@@ -201,12 +208,8 @@ def load_exported(path: _Path, *, check: bool = True) -> "ExportedRetriever":
             f"{newest}: export again, or install a jax of that age"
         )
     _check_platform(folder, about["platforms"])
-    for name, (size, digest) in about["files"].items():
-        file = folder / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size or (check and _sha256(file) != digest):
-            what = "is missing" if found is None else "is not what was exported"
-            raise ExportError(f"{file} {what}; copy the folder again, or export again")
+    if damage := find_damage(folder, about["files"], contents=check):
+        raise ExportError(f"{damage}; copy the folder again, or export again")
     return ExportedRetriever(folder, about)
 
 
@@ -236,10 +239,9 @@ class ExportedRetriever:
         self._about, self._folder = about, folder
         count = about["num_state"]
         files = [folder / "arrays" / f"{number:05}.npy" for number in range(count + len(_CATALOG))]
-        state = [np.load(file, mmap_mode="r") for file in files[:count]]
         self._state = [
-            jnp.asarray(array.view(jnp.dtype(dtype)))
-            for array, dtype in zip(state, about["dtypes"], strict=True)
+            read_array(file, dtype)
+            for file, dtype in zip(files[:count], about["dtypes"], strict=True)
         ]
         hashes, head_rows = (np.load(file) for file in files[count:])
         self._catalog = TermCatalog(tuple(about["features"]), about["seed"], hashes, head_rows)
@@ -326,13 +328,3 @@ def _batch(histories, size: int, longest: int, timestamps=None) -> dict[str, np.
         "target_ids": np.zeros(size, np.int32),
         "timestamps": packed([np.zeros(n) for n in lengths] if timestamps is None else timestamps),
     }
-
-
-def _storable(array: np.ndarray) -> np.ndarray:
-    """The same bytes in a dtype that .npy knows; bfloat16 is not one of them."""
-    return array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -231,3 +231,8 @@ def test_normalising_zeros_is_zero_with_finite_gradients():
 def test_errors_say_what_was_expected(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_base_class_stands_for_no_over_arch():
+    with pytest.raises(TypeError, match="abstract methods '_components', '_score'"):
+        overarch.ResidualOverArch(MLPOverArchConfig(D))  # type: ignore[abstract]

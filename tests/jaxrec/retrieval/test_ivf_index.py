@@ -196,12 +196,32 @@ def test_kmeans_leaves_no_cluster_empty_for_distinct_points():
     assert len(set(np.asarray(assign(points, found)).tolist())) == 8
 
 
+@pytest.mark.parametrize("metric", ["ip", "cosine"])
+def test_vectors_of_length_zero_score_zero(rows, queries, metric):
+    rows, queries = rows[:200].copy(), queries[:3].copy()
+    rows[[5, 99]], queries[0] = 0, 0
+    index = IVFIndex.build(rows, nlist=4, key=jax.random.key(0), metric=metric)
+    found = index.search(queries, k=200, nprobe=4)
+    assert np.isfinite(np.asarray(found.scores)).all()
+    assert np.asarray(found.filled).tolist() == [200] * 3
+    assert not np.asarray(found.scores)[0].any()
+    ids, scores = np.asarray(found.ids[1:]), np.asarray(found.scores[1:])
+    assert not scores[np.isin(ids, [5, 99])].any()
+
+
 def test_clear_errors(index, rows, queries):
     key = jax.random.key(0)
     bad = rows.copy()
     bad[41, 3] = np.nan
     with pytest.raises(ValueError, match=r"row 41 \(item 141\) has a NaN"):
         IVFIndex.build(bad, nlist=4, key=key, row_ids=np.arange(100, 100 + N))
+    bad[41, 3] = -np.inf
+    with pytest.raises(ValueError, match=r"row 41 \(item 41\) has a NaN or an infinity"):
+        IVFIndex.build(bad, nlist=4, key=key)
+    with pytest.raises(ValueError, match="no items to index; begin with LiveIndex"):
+        IVFIndex.build(rows[:0], nlist=1, key=key)
+    with pytest.raises(ValueError, match="item 9999 cannot be deleted: the index does not hold it"):
+        index.delete(np.array([3, 9999]))
     with pytest.raises(ValueError, match="item id 5 is given more than once"):
         IVFIndex.build(rows[:2], nlist=1, key=key, row_ids=np.array([5, 5]))
     with pytest.raises(ValueError, match="nlist is 3; expected 1 to 2"):

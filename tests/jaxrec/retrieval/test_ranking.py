@@ -27,10 +27,12 @@ from jaxrec.retrieval import (
     PublishError,
     Quota,
     Retriever,
+    ShardedIndex,
     load_retriever,
     save_retriever,
 )
 from jaxrec.retrieval.retriever import _retrieve
+from jaxrec.sharding import make_mesh
 
 NUM_ITEMS, WIDTH, K = 300, 8, 10
 TASKS = ("click", "like")
@@ -267,6 +269,32 @@ def test_everything_is_published_together(batch, tmp_path):
     plan = first.compile(FILTERS)
     for mine, theirs in zip(first(batch, plan, k=K), again(batch, plan, k=K), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("num_devices", [8, 4, 1])
+def test_a_published_ranker_is_served_by_any_number_of_devices(published, batch, num_devices):
+    """The index is split over the devices, tower and over-arch stand whole on each."""
+    folder, first = published
+    again = load_retriever(
+        folder, build_model=lambda _: Model(tasks=TASKS, overarch=OVERARCHS["mol"]())
+    )
+    assert isinstance(again.index, ItemIndex)
+    split = again.with_index(ShardedIndex.split(again.index, make_mesh({"items": num_devices})))
+    options = {"k": K, "exact": True, "num_candidates": 50, "exclude_history": True}
+    want = first(batch, first.compile(FILTERS), **options)
+    found = split(batch, split.compile(FILTERS), **options)
+    np.testing.assert_array_equal(found.ids, want.ids)
+    np.testing.assert_allclose(found.scores, want.scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A ranker with two tasks, and where it is published."""
+    value_model = ValueModel("click + like * age", tasks=TASKS, features=("age",))
+    first = build(Model(tasks=TASKS, overarch=OVERARCHS["mol"]()), value_model=value_model)
+    folder = tmp_path_factory.mktemp("published")
+    save_retriever(first, folder)
+    return folder, first
 
 
 def test_a_policy_of_ones_own_is_not_published(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrec.retrieval import CostModel, ItemIndex, IVFIndex, Strategy, brute_force, recall
 from jaxrec.retrieval.masks import chosen_rows, pack_bits, rows_at, unpack_mask
-from jaxrec.retrieval.planner import needed_share
+from jaxrec.retrieval.planner import needed_share, tuned_costs
 
 N, D, K, QUERIES = 6_000, 16, 30, 8
 PASSING = {"rare": 0.01, "some": 0.1, "many": 0.5}
@@ -135,6 +135,24 @@ def test_the_compiled_search_never_leaves_the_device(index, queries):
     for plan in plans:
         search(leaves, queries, plan)
     assert getattr(search, "_cache_size")() == 1  # noqa: B009 (pyright does not know it)
+
+
+@pytest.mark.parametrize("text", ["rare:1", "some:1", "NOT many:1 AND near:1", None])
+def test_an_explanation_tells_the_route_of_the_query(index, queries, text):
+    plan = index.compile([text])
+    planned = index.plan_of(queries[:1], plan, k=K)
+    route = index.explain(queries[0], text, 3, k=K).route
+    assert (route.strategy, route.eligible, route.probes) == tuple(int(x[0]) for x in planned)
+    costs, (rows, width) = tuned_costs(), index.ivf.codes.shape
+    if route.strategy == Strategy.COMPACT:
+        want = costs.compact(rows // 32, route.eligible, 1, width)
+    elif route.strategy == Strategy.PROBE:
+        one, every = (costs.probe(rows / n, width) for n in (index.ivf.nlist, 1))
+        assert one / 10 < 1e3 * route.cost_us <= every
+        return
+    else:
+        want = costs.scan(rows, 1, width)
+    assert route.cost_us == pytest.approx(float(want) / 1e3)
 
 
 def test_needed_share_goes_through_its_points():
