@@ -16,8 +16,8 @@ type Variant = Callable[[], tuple[np.ndarray, str]]
 """A search of the whole batch: (ids with -1 for none, note)."""
 
 FETCH_AT_MOST = 1_000  # results a query; more selective filters are not for these peers
-EXPANSIONS = (64, 128, 256, 512, 1024)  # of usearch's beam
-LEAVES = (8, 16, 32, 64, 128, 256)  # of ScaNN's partitions
+EXPANSIONS = (64, 256, 1024, 2048)  # of usearch's beam
+LEAVES = (16, 32, 64, 128, 256, 512)  # of ScaNN's partitions
 
 
 class Peers:
@@ -111,7 +111,7 @@ class Peers:
         builder = scann.scann_ops_pybind.builder(self.rows, self.k, "dot_product")
         builder = builder.tree(self.lists, 32, training_sample_size=len(self.rows))
         builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2)
-        searcher = builder.reorder(4 * self.k).build()
+        searcher = builder.reorder(10 * self.k).build()
         searcher.set_num_threads(self.threads)
         return searcher
 
@@ -126,7 +126,7 @@ class Peers:
         def scann(leaves: int) -> tuple[np.ndarray, str]:
             found, scores = self.scann.search_batched_parallel(
                 queries, final_num_neighbors=fetch, leaves_to_search=leaves,
-                pre_reorder_num_neighbors=max(4 * self.k, 2 * fetch),
+                pre_reorder_num_neighbors=max(10 * self.k, 3 * fetch),
             )  # fmt: skip
             found = np.where(np.isfinite(scores), found.astype(np.int64), -1)
             return kept(found, passes, self.k), f"of {fetch} fetched"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
+from orbax.checkpoint import future
 
 from jaxrec.array_files import read_array, write_array
 
@@ -14,9 +15,9 @@ from jaxrec.array_files import read_array, write_array
 class ArrayHandler(ocp.AsyncCheckpointHandler):
     """Writes named arrays as 00000.npy and so on; which is which, the caller has to know."""
 
-    async def async_save(self, directory: Any, args: "SaveArrays") -> list[ocp.future.Future]:
+    async def async_save(self, directory: Any, args: "SaveArrays") -> list[future.Future]:
         """Writes the arrays, in their order, once Orbax has made the directory."""
-        written = ocp.future.CommitFutureAwaitingContractedSignals(self._write(directory, args))
+        written = future.CommitFutureAwaitingContractedSignals(self._write(directory, args))
         return [written]
 
     def save(self, directory: Any, args: "SaveArrays") -> None:

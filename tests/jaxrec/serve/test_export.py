@@ -119,7 +119,7 @@ def test_a_program_runs_where_jaxrec_cannot_be_imported(retriever, folder, tmp_p
     plan = load_exported(folder)._plan(FILTERS, 4)
     parts = {"batch": batch, "plan": plan}
     named = {f"{part}.{name}": x for part, own in parts.items() for name, x in own.items()}
-    np.savez(tmp_path / "given.npz", **named)
+    np.savez(tmp_path / "given.npz", **named)  # pyright: ignore[reportArgumentType]
     command = [sys.executable, "-c", _BARE, folder, tmp_path / "given.npz", tmp_path / "out.npz"]
     environment = {"PATH": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
