@@ -313,7 +313,8 @@ def retrieval_section_markdown() -> str:
         f"{env['jax']}): {config['items']:,} items × {config['width']}, {config['lists']} lists, "
         f"k = {config['k']}, batches of {config['batch']}, {config['threads']} threads for each. "
         "A peer's figure is its fastest setting with that recall, and behind it how many times as "
-        "fast ours is; where it cannot reach ours, with the highest it has. IVFFlat and IVFSQ8 are faiss's, which filters while it scans; "
+        "fast ours is; where it cannot reach ours, with the highest it has. IVFFlat and IVFSQ8 are "
+        "faiss's, which filters while it scans; "
         "usearch and ScaNN fetch more and drop, down to filters that pass a tenth."
     )
 
