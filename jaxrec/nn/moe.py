@@ -1,7 +1,7 @@
 """A mixture-of-experts feed-forward layer."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from jaxrec.nn.checks import check_at_least, check_choice
 from jaxrec.nn.layers import Linear
 from jaxrec.ops import routing as ops
+from jaxrec.ops.expert_parallel import Exchanged, ExpertParallel, split_ffn
 from jaxrec.ops.routing import RouterStats
 from pallas_kernels import moe_ffn
 
@@ -93,10 +94,14 @@ class MoEReport(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """Weights of E gated feed-forward networks; f32."""
+    """Weights of E gated feed-forward networks; f32.
+
+    `parallel` tells over which devices they are split; None for no such split.
+    """
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.parallel: ExpertParallel | None = None
         experts, width, hidden = config.num_experts, config.width, config.hidden
         gated = config.activation != "silu"
 
@@ -114,24 +119,28 @@ class Experts(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "T D"], expert_ids: Int[Array, "T K"], gates: Float[Array, "T K"]
-    ) -> Float[Array, "T D"]:
-        """See `pallas_kernels.moe_ffn`."""
+    ) -> Exchanged:
+        """See `pallas_kernels.moe_ffn`, and `split_ffn` where the experts are split."""
         config = self.config
-        biases = {
-            name: None if (value := getattr(self, name)) is None else value[...]
-            for name in ("b_gate", "b_up", "b_down")
+        names = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
+        weights = {
+            name: None if (value := getattr(self, name)) is None else value[...] for name in names
         }
-        return moe_ffn(
-            x, expert_ids, gates, None if self.w_gate is None else self.w_gate[...],
-            self.w_up[...], self.w_down[...], **biases, activation=config.activation,
-            save=config.save, chunk_tokens=config.chunk_tokens,
-        )  # fmt: skip
+        options = {
+            "activation": config.activation, "save": config.save,
+            "chunk_tokens": config.chunk_tokens,
+        }  # fmt: skip
+        if self.parallel is None:
+            arguments: Any = weights | options
+            return Exchanged(moe_ffn(x, expert_ids, gates, **arguments), jnp.zeros((), jnp.int32))
+        return split_ffn(x, expert_ids, gates, weights, self.parallel, **options)
 
 
 class MoELayer(nnx.Module):
     """A router and its experts in place of a feed-forward network. No token is dropped by default.
 
-    The router works in f32, the experts in the dtype of x.
+    The router works in f32, the experts in the dtype of x. `jaxrec.distributed.split_experts`
+    splits the experts over devices; the call, its output and its report stay what they are.
     """
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
@@ -181,8 +190,9 @@ class MoELayer(nnx.Module):
             ids, gates, dropped = ops.within_capacity(
                 ids, gates, num_experts=config.num_experts, capacity=max(1, round(share))
             )
-        out = self._add_shared(x, self.experts(x, ids, gates), valid)
-        return out, MoEReport(loss, ops.router_stats(routing, dropped))
+        out, lost = self.experts(x, ids, gates)
+        out = self._add_shared(x, out, valid)
+        return out, MoEReport(loss, ops.router_stats(routing, dropped + lost))
 
     def update_bias(self, load: Int[Array, "E"]) -> None:
         """Moves the router's bias against this load (of one step, or summed over devices)."""

@@ -41,7 +41,8 @@ class RouterStats(NamedTuple):
       max_over_mean: largest load over the mean load: what the slowest expert costs; f32.
       dead_experts: experts without any token; i32.
       entropy: of a token's probabilities, mean in nats; ln(E) where all are alike; f32.
-      dropped: pairs over capacity, 0 without one; i32.
+      dropped: pairs over an expert's capacity, or over that of the exchange between devices where
+        experts are split; 0 without such limits; i32.
     """
 
     load: Int32[Array, "E"]
