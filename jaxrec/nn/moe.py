@@ -1,5 +1,6 @@
 """A mixture-of-experts feed-forward layer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -192,7 +193,7 @@ class MoELayer(nnx.Module):
             )
         out, lost = self.experts(x, ids, gates)
         out = self._add_shared(x, out, valid)
-        return out, MoEReport(loss, ops.router_stats(routing, dropped + lost))
+        return out, MoEReport(loss, ops.router_stats(routing, dropped + lost, logits=logits))
 
     def update_bias(self, load: Int[Array, "E"]) -> None:
         """Moves the router's bias against this load (of one step, or summed over devices)."""
@@ -229,3 +230,26 @@ class MoELayer(nnx.Module):
             per_sequence = ops.sequence_balancing_loss(routing, segment_ids, num_sequences)
             loss += config.sequence_weight * per_sequence
         return loss
+
+
+def check_routers(reports: Mapping[str, MoEReport]) -> None:
+    """Raises if a router's logits are not finite, and names the layer. Host only; waits for them.
+
+    Inside of jit nothing can raise, so a layer only counts such tokens; whoever reads the reports
+    of a step checks them:
+
+        check_routers({"blocks.0.moe": first, "blocks.1.moe": second})
+
+    Args:
+      reports: by the name of the layer, in the order in which the model calls them.
+
+    Raises:
+      FloatingPointError: for the first layer with such logits, as those behind it follow from it.
+    """
+    for name, report in reports.items():
+        if broken := int(report.stats.nonfinite):
+            raise FloatingPointError(
+                f"{name}: the router's logits are not finite for {broken} of its tokens. Its input "
+                "or its weights hold NaN or infinity: check the learning rate, the gradients' norm "
+                "and the batch, and resume from a checkpoint before this step"
+            )

@@ -65,8 +65,7 @@ def assert_same(moe, mesh, x, *, atol=1e-5, valid=None, **options):
     return found[1], found[2]
 
 
-@pytest.mark.parametrize("save", ["gate_up", "gate_up_fp8", "x"])
-@pytest.mark.parametrize("shards", [2, 8])
+@pytest.mark.parametrize(("shards", "save"), [(8, "gate_up"), (2, "x"), (4, "gate_up_fp8")])
 def test_equals_the_whole_layer(shards, save):
     moe = layer(shared_hidden=10, bias=True, save=save, cv_weight=0.1)
     mesh = make_mesh({"expert": shards})
@@ -79,14 +78,14 @@ def test_equals_the_whole_layer(shards, save):
 
 @pytest.mark.parametrize(
     ("slots", "experts", "shards"),
-    [(1, 8, 8), (4, 8, 8), (3, 6, 2), (8, 8, 8), (5, 8, 4)],
+    [(4, 8, 8), (3, 6, 2), (5, 8, 4)],
 )
 def test_slots_and_experts_of_any_number(slots, experts, shards):
     mesh = make_mesh({"expert": shards})
     assert_same(layer(slots=slots, num_experts=experts), mesh, tokens())
 
 
-@pytest.mark.parametrize("count", [0, 1, 13, 50])
+@pytest.mark.parametrize("count", [0, 13])
 def test_tokens_need_not_divide(count):
     assert_same(layer(shared_hidden=6), make_mesh({"expert": 4}), tokens(count))
 
