@@ -317,8 +317,8 @@ def test_weights_of_another_dtype_keep_it():
 def test_arguments_of_different_dtypes():
     """Products in the dtype of x; every gradient in that of its own argument."""
     case = cases.inputs(18, 20, 8, 6, 4, 2, bias=True)
-    dtypes = {"x": "bfloat16", "gates": "bfloat16", "w_gate": "float16", "w_up": "float32",
-              "w_down": "bfloat16", "b_gate": "float32", "b_up": "bfloat16", "b_down": "float32"}  # fmt: skip
+    dtypes = {"x": "bfloat16", "gates": "bfloat16", "w_gate": "float16", "w_up": "float32"}
+    dtypes |= {"w_down": "bfloat16", "b_gate": "float32", "b_up": "bfloat16", "b_down": "float32"}
     mixed: Any = {name: jnp.asarray(case[name], dtype) for name, dtype in dtypes.items()}
     ids = case["expert_ids"]
 
