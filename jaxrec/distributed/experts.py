@@ -25,9 +25,9 @@ def split_experts(
     Each device gets E / S experts, their biases, and a copy of all else: routers, shared experts,
     the rest of the model. A layer's call stays what it was, on tokens that are split over
     `token_axes`: same outputs, same gradients, same report, up to the order of sums. Inside,
-    `split_ffn` exchanges tokens. Nothing but data orders that exchange and the shared expert, so
-    the compiler can overlap them; the latency-hiding scheduler
-    (`xla_gpu_enable_latency_hiding_scheduler`) does.
+    `split_ffn` exchanges tokens. With the latency-hiding scheduler (jit's compiler option
+    `xla_gpu_enable_latency_hiding_scheduler`) the shared expert's first product runs beside the
+    tokens' journey to their experts and its second beside the one back, and so do the gradients.
 
         split_experts(model, make_mesh({"expert": 8}))
         batch = jax.device_put(batch, sharded_rows(mesh, "expert"))

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from jaxrec.nn.checks import check_at_least, check_choice
 from jaxrec.nn.layers import Linear
 from jaxrec.ops import routing as ops
-from jaxrec.ops.expert_parallel import Exchanged, ExpertParallel, split_ffn
-from jaxrec.ops.routing import RouterStats
+from jaxrec.ops.expert_parallel import Exchanged, ExpertParallel, split_ffn, split_route
+from jaxrec.ops.routing import RouterStats, Routing
 from pallas_kernels import moe_ffn
 
 
@@ -118,8 +118,25 @@ class Experts(nnx.Module):
         self.b_gate = zeros(hidden, config.bias and gated)
         self.b_up, self.b_down = zeros(hidden, config.bias), zeros(width, config.bias)
 
+    def route(
+        self,
+        logits: Float[Array, "T E"],
+        *,
+        bias: Float[Array, "E"] | None,
+        valid: Bool[Array, "T"] | None,
+    ) -> Routing:
+        """See `jaxrec.ops.routing.route`, and `split_route` where the experts are split."""
+        options: dict[str, Any] = {"bias": bias, "valid": valid, **self.config.routing}
+        if self.parallel is None:
+            return ops.route(logits, **options)
+        return split_route(logits, self.parallel, **options)
+
     def __call__(
-        self, x: Float[Array, "T D"], expert_ids: Int[Array, "T K"], gates: Float[Array, "T K"]
+        self,
+        x: Float[Array, "T D"],
+        expert_ids: Int[Array, "T K"],
+        gates: Float[Array, "T K"],
+        beside: Float[Array, "T S"] | None = None,
     ) -> Exchanged:
         """See `pallas_kernels.moe_ffn`, and `split_ffn` where the experts are split."""
         config = self.config
@@ -133,8 +150,9 @@ class Experts(nnx.Module):
         }  # fmt: skip
         if self.parallel is None:
             arguments: Any = weights | options
-            return Exchanged(moe_ffn(x, expert_ids, gates, **arguments), jnp.zeros((), jnp.int32))
-        return split_ffn(x, expert_ids, gates, weights, self.parallel, **options)
+            out = moe_ffn(x, expert_ids, gates, **arguments)
+            return Exchanged(out, jnp.zeros((), jnp.int32), beside)
+        return split_ffn(x, expert_ids, gates, weights, self.parallel, beside=beside, **options)
 
 
 class MoELayer(nnx.Module):
@@ -183,7 +201,7 @@ class MoELayer(nnx.Module):
         config = self.config
         logits = self._logits(x, key)
         bias = None if self.expert_bias is None else self.expert_bias[...]
-        routing = ops.route(logits, bias=bias, valid=valid, **config.routing)
+        routing = self.experts.route(logits, bias=bias, valid=valid)
         loss = self._loss(logits, routing, valid, segment_ids, num_sequences)
         ids, gates, dropped = routing.expert_ids, routing.gates, 0
         if config.capacity_factor is not None:
@@ -191,8 +209,8 @@ class MoELayer(nnx.Module):
             ids, gates, dropped = ops.within_capacity(
                 ids, gates, num_experts=config.num_experts, capacity=max(1, round(share))
             )
-        out, lost = self.experts(x, ids, gates)
-        out = self._add_shared(x, out, valid)
+        out, lost, shared = self.experts(x, ids, gates, beside=self._shared_hidden(x))
+        out = self._add_shared(out, shared, valid)
         return out, MoEReport(loss, ops.router_stats(routing, dropped + lost, logits=logits))
 
     def update_bias(self, load: Int[Array, "E"]) -> None:
@@ -208,11 +226,16 @@ class MoELayer(nnx.Module):
             return logits
         return ops.noisy(logits, self.spread(x32), key)
 
-    def _add_shared(self, x: Array, out: Array, valid: Array | None) -> Array:
-        if self.shared_up is None or self.shared_down is None:
-            return out
+    def _shared_hidden(self, x: Array) -> Array | None:
+        if self.shared_up is None:
+            return None
         gate, up = jnp.split(self.shared_up(x), 2, axis=-1)
-        shared = self.shared_down(jax.nn.silu(gate) * up)
+        return jax.nn.silu(gate) * up
+
+    def _add_shared(self, out: Array, hidden: Array | None, valid: Array | None) -> Array:
+        if hidden is None or self.shared_down is None:
+            return out
+        shared = self.shared_down(hidden)
         return out + (shared if valid is None else jnp.where(valid[:, None], shared, 0))
 
     def _loss(self, logits, routing, valid, segment_ids, num_sequences) -> Array:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
+from jaxrec.ops.routing import Routing, route
 from pallas_kernels import moe_dispatch, moe_ffn
 
 
@@ -57,6 +58,21 @@ class ExpertParallel:
         """S."""
         return self.mesh.shape[self.axis]
 
+    @property
+    def token_spec(self) -> PartitionSpec:
+        """How arrays with tokens along their first axis are split."""
+        return PartitionSpec(self.token_axes or self.mesh.axis_names)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts that tokens are split into."""
+        axes = self.token_axes or self.mesh.axis_names
+        return math.prod(self.mesh.shape[name] for name in axes)
+
+    def missing_tokens(self, num_tokens: int) -> int:
+        """How many tokens a number lacks to be split into equal parts."""
+        return -num_tokens % self.num_parts
+
     def check_experts(self, num_experts: int, owner: str = "the layer") -> None:
         """Raises ValueError unless the axis divides the experts of `owner`."""
         if num_experts % self.num_shards:
@@ -80,10 +96,43 @@ class Exchanged(NamedTuple):
     Attributes:
       out: the tokens' outputs.
       lost: (token, expert) pairs that found no room in the exchange, 0 if all is well; i32.
+      beside: what was given as such.
     """
 
     out: Float[Array, "T D"]
     lost: Int32[Array, ""]
+    beside: Float[Array, "T W"] | None = None
+
+
+def split_route(
+    logits: Float[Array, "T E"],
+    parallel: ExpertParallel,
+    *,
+    bias: Float[Array, "E"] | None = None,
+    valid: Bool[Array, "T"] | None = None,
+    **options: Any,
+) -> Routing:
+    """`route` of all tokens, each chosen for on its own device; in a global view.
+
+    (Left to itself the compiler gathers all scores on every device, for the sake of top-k.)
+
+    Args:
+      logits, bias, valid, options: see `route`.
+    """
+    num_tokens, missing = logits.shape[0], parallel.missing_tokens(logits.shape[0])
+    tokens, whole = parallel.token_spec, PartitionSpec()
+    routing = jax.shard_map(
+        lambda logits, bias, valid: route(logits, bias=bias, valid=valid, **options),
+        mesh=parallel.mesh,
+        in_specs=(tokens, whole, tokens),
+        out_specs=tokens,
+        check_vma=False,
+    )(
+        jnp.pad(logits, ((0, missing), (0, 0))),
+        bias,
+        None if valid is None else jnp.pad(valid, (0, missing)),
+    )
+    return Routing(*(part[:num_tokens] for part in routing))
 
 
 def split_ffn(
@@ -92,6 +141,8 @@ def split_ffn(
     gates: Float[Array, "T K"],
     weights: dict[str, Array | None],
     parallel: ExpertParallel,
+    *,
+    beside: Float[Array, "T W"] | None = None,
     **options: Any,
 ) -> Exchanged:
     """`moe_ffn` of all tokens, with experts and tokens split over a mesh; in a global view.
@@ -102,6 +153,7 @@ def split_ffn(
     Args:
       x, expert_ids, gates: of all devices; T may be any number, as it is padded to equal parts.
       weights: w_gate, w_up, w_down, b_gate, b_up and b_down of all E experts.
+      beside: see `expert_parallel_ffn`.
       options: activation, save, chunk_tokens, … of `moe_ffn`.
 
     Raises:
@@ -112,32 +164,33 @@ def split_ffn(
     w_up = weights["w_up"]
     assert w_up is not None
     parallel.check_experts(w_up.shape[0])
-    axes = parallel.mesh.axis_names if parallel.token_axes is None else parallel.token_axes
-    parts = math.prod(parallel.mesh.shape[name] for name in axes)
-    num_tokens = x.shape[0]
-    room = ((0, -num_tokens % parts), (0, 0))
-    capacity = parallel.capacity((num_tokens + room[0][1]) // parts, expert_ids.shape[1])
-    tokens, experts = PartitionSpec(axes), PartitionSpec(parallel.axis)
+    num_tokens, missing = x.shape[0], parallel.missing_tokens(x.shape[0])
+    room = ((0, missing), (0, 0))
+    own_tokens = (num_tokens + missing) // parallel.num_parts
+    capacity = parallel.capacity(own_tokens, expert_ids.shape[1])
+    tokens, experts = parallel.token_spec, PartitionSpec(parallel.axis)
 
-    def local(x, ids, gates, weights):
-        out, lost = expert_parallel_ffn(
-            x, ids, gates, weights, axis=parallel.axis, capacity=capacity, **options
-        )
-        return out, lost[None]
+    def local(x, ids, gates, beside, weights):
+        found = expert_parallel_ffn(
+            x, ids, gates, weights,
+            axis=parallel.axis, capacity=capacity, beside=beside, **options,
+        )  # fmt: skip
+        return found._replace(lost=found.lost[None])
 
-    out, lost = jax.shard_map(
+    out, lost, beside = jax.shard_map(
         local,
         mesh=parallel.mesh,
-        in_specs=(tokens, tokens, tokens, experts),
-        out_specs=(tokens, tokens),
+        in_specs=(tokens, tokens, tokens, tokens, experts),
+        out_specs=tokens,
         check_vma=False,  # kernels do not say what they vary over
     )(
         jnp.pad(x, room),
         jnp.pad(jnp.asarray(expert_ids, jnp.int32), room, constant_values=-1),
         jnp.pad(gates, room),
+        None if beside is None else jnp.pad(beside, room),
         weights,
     )
-    return Exchanged(out[:num_tokens], lost.sum())
+    return Exchanged(out[:num_tokens], lost.sum(), None if beside is None else beside[:num_tokens])
 
 
 def expert_parallel_ffn(
@@ -148,6 +201,7 @@ def expert_parallel_ffn(
     *,
     axis: str,
     capacity: int | None = None,
+    beside: Float[Array, "T W"] | None = None,
     **options: Any,
 ) -> Exchanged:
     """`moe_ffn` of a device's own tokens, with experts split over `axis`; inside `shard_map`.
@@ -163,6 +217,11 @@ def expert_parallel_ffn(
       axis: a manual mesh axis.
       capacity: R; None takes T, which always suffices. Where it does not, the tokens behind the
         first R do without this device's experts, and `lost` counts their pairs: then raise it.
+      beside: an array that is computed meanwhile, such as the hidden layer of a shared expert, and
+        returned. The experts wait for it, and what is made of what is returned waits for rows to
+        have arrived: so of two products the first runs beside the journey there and the second
+        beside the one back, where the scheduler would put both beside the last. Their gradients
+        are parted the same way.
       options: activation, save, chunk_tokens, … of `moe_ffn`. It keeps S · R rows for the
         gradient, with up to min(K, E / S) experts each.
 
@@ -183,7 +242,7 @@ def expert_parallel_ffn(
     if slots > own_experts * num_shards:
         raise ValueError(f"{slots} experts a token, but only {own_experts * num_shards} exist")
     if num_tokens == 0:
-        return Exchanged(jnp.zeros_like(x), jnp.zeros((), jnp.int32))
+        return Exchanged(jnp.zeros_like(x), jnp.zeros((), jnp.int32), beside)
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity is {capacity}; expected at least 1")
     plan = _plan(expert_ids, own_experts, num_shards, capacity or num_tokens)
@@ -193,8 +252,10 @@ def expert_parallel_ffn(
     labels = exchange(jnp.concatenate([ids.astype(jnp.float32), own_gates], axis=1))
     ids, own_gates = jnp.split(labels, 2, axis=1)
     rows = exchange(_to_rows(x, plan))
+    if beside is not None:
+        rows, beside = lax.optimization_barrier((rows, beside))
     rows = moe_ffn(rows, ids.astype(jnp.int32), own_gates, **_arguments(weights), **options)
-    return Exchanged(_from_rows(exchange(rows), plan).astype(x.dtype), plan.lost)
+    return Exchanged(_from_rows(exchange(rows), plan).astype(x.dtype), plan.lost, beside)
 
 
 def _arguments(weights: dict[str, Array | None]) -> Any:

@@ -1,5 +1,7 @@
 """A layer with its experts split over devices equals the whole one, gradients included."""
 
+import re
+from collections import Counter
 from typing import Any
 
 import jax
@@ -204,6 +206,25 @@ def test_a_model_of_several_layers():
             return x, total
 
     assert_same(Model(), make_mesh({"expert": 8}), tokens())
+
+
+def test_only_rows_labels_and_sums_travel():
+    """The collectives of a training step: nothing else leaves a device."""
+    moe, mesh = layer(shared_hidden=10), make_mesh({"expert": 8})
+    split_experts(moe, mesh)
+    rebuild, params = split_params(moe)
+    x = jax.device_put(tokens(64), NamedSharding(mesh, PartitionSpec("expert")))
+
+    def loss(params, x):
+        out, report = rebuild(params)(x)
+        return (out**2).sum() + report.loss
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    text = gradient.lower(params, x).compile().as_text() or ""
+    found = re.findall(r" (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text)
+    # There and back, forward and backward, and the labels with their gradient.
+    assert Counter(found)["all-to-all"] == 6
+    assert set(found) == {"all-to-all", "all-reduce"}, "no tokens, scores or weights are gathered"
 
 
 def test_what_cannot_be_split():
