@@ -38,11 +38,8 @@ class Exchange(NamedTuple):
 
 def exchanges(hlo: str) -> list[Exchange]:
     """The asynchronous all-to-alls of the entry computation, in order of their start."""
-    with_dot = {
-        name
-        for name, body in re.findall(r"^%([\w.\-]+) \(.*?\{\n(.*?)^\}", hlo, re.MULTILINE | re.DOTALL)
-        if " dot(" in body
-    }  # fmt: skip
+    bodies = re.findall(r"^%([\w.\-]+) \(.*?\{\n(.*?)^\}", hlo, re.MULTILINE | re.DOTALL)
+    with_dot = {name for name, body in bodies if " dot(" in body}
     entry = re.split(r"^ENTRY ", hlo, flags=re.MULTILINE)[1].split("\n}")[0].splitlines()
 
     def product(line: str) -> bool:
@@ -50,17 +47,16 @@ def exchanges(hlo: str) -> list[Exchange]:
         dot = " dot(" in line or "__cublas" in line or "mosaic_gpu" in line
         return dot or (called is not None and called[1] in with_dot)
 
+    def result(line: str) -> str:
+        return line.split(" = ")[1].split("{")[0]
+
     found = []
-    for number, line in enumerate(entry):
-        start = re.match(r"\s+%(all-to-all-start[\w.\-]*) = ", line)
-        if start is None:
-            continue
-        ends = (n for n, l in enumerate(entry) if f"all-to-all-done(%{start[1]})" in l)
-        end = next(ends)
-        result = re.search(r"= (\S+) all-to-all-done", entry[end])
-        assert result is not None
-        meanwhile = [l.split(" = ")[1].split()[0] for l in entry[number:end] if product(l)]
-        found.append(Exchange(result[1].split("{")[0], meanwhile))
+    for first, line in enumerate(entry):
+        if start := re.match(r"\s+%(all-to-all-start[\w.\-]*) = ", line):
+            done = f"all-to-all-done(%{start[1]})"
+            last = next(number for number, other in enumerate(entry) if done in other)
+            meanwhile = [result(other) for other in entry[first:last] if product(other)]
+            found.append(Exchange(result(entry[last]), meanwhile))
     return found
 
 
@@ -125,4 +121,4 @@ ENTRY %main (a: f32[2]) -> f32[2] {
   %all-to-all-done.1 = f32[2]{0} all-to-all-done(%all-to-all-start.1)
 }
 """
-    assert exchanges(hlo) == [Exchange("f32[2]", []), Exchange("f32[2]", ["f32[2]{0}"])]
+    assert exchanges(hlo) == [Exchange("f32[2]", []), Exchange("f32[2]", ["f32[2]"])]
