@@ -55,7 +55,7 @@ def split_experts(
         owner = ".".join(map(str, path)) or "the model"
         parallel.check_experts(experts.config.num_experts, owner)
     whole, split = replicated(mesh), sharded_rows(mesh, axis)
-    placed = [
+    placed: Any = [
         (path, jax.device_put(leaf, split if _inside(path, found) else whole))
         for path, leaf in nnx.to_flat_state(nnx.state(model))
     ]

@@ -254,12 +254,9 @@ def expert_parallel_ffn(
     rows = exchange(_to_rows(x, plan))
     if beside is not None:
         rows, beside = lax.optimization_barrier((rows, beside))
-    rows = moe_ffn(rows, ids.astype(jnp.int32), own_gates, **_arguments(weights), **options)
+    arguments: Any = weights | options
+    rows = moe_ffn(rows, ids.astype(jnp.int32), own_gates, **arguments)
     return Exchanged(_from_rows(exchange(rows), plan).astype(x.dtype), plan.lost, beside)
-
-
-def _arguments(weights: dict[str, Array | None]) -> Any:
-    return {"w_gate": None} | weights
 
 
 class _Plan(NamedTuple):
