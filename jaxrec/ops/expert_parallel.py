@@ -218,10 +218,9 @@ def expert_parallel_ffn(
       capacity: R; None takes T, which always suffices. Where it does not, the tokens behind the
         first R do without this device's experts, and `lost` counts their pairs: then raise it.
       beside: an array that is computed meanwhile, such as the hidden layer of a shared expert, and
-        returned. The experts wait for it, and what is made of what is returned waits for rows to
-        have arrived: so of two products the first runs beside the journey there and the second
-        beside the one back, where the scheduler would put both beside the last. Their gradients
-        are parted the same way.
+        returned. The experts wait for it, and what is returned waits for the experts: so of two
+        products the first runs beside the journey there and the second beside the one back, where
+        the scheduler would put both beside the last. Their gradients are parted the same way.
       options: activation, save, chunk_tokens, … of `moe_ffn`. It keeps S · R rows for the
         gradient, with up to min(K, E / S) experts each.
 
@@ -252,11 +251,16 @@ def expert_parallel_ffn(
     labels = exchange(jnp.concatenate([ids.astype(jnp.float32), own_gates], axis=1))
     ids, own_gates = jnp.split(labels, 2, axis=1)
     rows = exchange(_to_rows(x, plan))
-    if beside is not None:
-        rows, beside = lax.optimization_barrier((rows, beside))
+    rows, beside = _together(rows, beside)
     arguments: Any = weights | options
     rows = moe_ffn(rows, ids.astype(jnp.int32), own_gates, **arguments)
+    rows, beside = _together(rows, beside)
     return Exchanged(_from_rows(exchange(rows), plan).astype(x.dtype), plan.lost, beside)
+
+
+def _together(rows: Array, beside: Array | None) -> tuple[Array, Array | None]:
+    """Both as they are, each of them when both are there; so with their gradients."""
+    return (rows, None) if beside is None else lax.optimization_barrier((rows, beside))
 
 
 class _Plan(NamedTuple):

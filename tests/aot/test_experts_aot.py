@@ -5,8 +5,8 @@ its start and its done:
 
     tokens to their experts     x · W_up                    (hidden layer of the shared expert)
     outputs back                hidden · W_down
-    their gradients there       dy · W_downᵀ, hiddenᵀ · dy
-    tokens' gradients back      d_hidden · W_upᵀ, xᵀ · d_hidden
+    their gradients there       dy · W_downᵀ
+    tokens' gradients back      xᵀ · d_hidden, and what else waits for none of the tokens
 """
 
 import re
@@ -98,9 +98,11 @@ def test_products_of_the_shared_expert_run_while_tokens_travel():
     assert len(found) == 4, "there and back, forward and backward, and all of them asynchronous"
     assert " all-to-all(" not in report.hlo_text
     there, back, gradient_there, gradient_back = (exchange.products for exchange in found)
-    print(there, back, gradient_there, gradient_back)
-    for products in (there, back, gradient_there, gradient_back):
-        assert products
+    hidden, out = f"bf16[{OWN_TOKENS},{SHARED}]", f"bf16[{OWN_TOKENS},{WIDTH}]"
+    assert there == [f"bf16[{OWN_TOKENS},{2 * SHARED}]"], "x · W_up"
+    assert back == [out], "hidden · W_down"
+    assert hidden in gradient_there, "dy · W_downᵀ"
+    assert f"bf16[{WIDTH},{2 * SHARED}]" in gradient_back, "xᵀ · d_hidden"
     assert "all-gather" not in report.hlo_text, "neither tokens nor scores nor weights are gathered"
     kernels = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
     assert len(kernels) == 6, "forward and backward of the device's experts"
