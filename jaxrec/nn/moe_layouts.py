@@ -63,7 +63,7 @@ class _Rule:
         return whole.reshape(-1, whole.shape[-1]) if self.grouped else whole
 
     def unpack(self, whole: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-        rows, columns = shapes[0][-2:] if len(shapes[0]) > 1 else (1, shapes[0][-1])
+        *_, rows, columns = (1, *shapes[0])
         if self.grouped:
             inner = columns if self.transposed else rows
             whole = whole.reshape(-1, inner, whole.shape[-1])

@@ -92,7 +92,8 @@ def moe_ffn(
     width = x.shape[1]
     if chosen == "mosaic_gpu":
         x, experts = filled_up(x, experts)
-    return _ffn(x, ids, gates.astype(jnp.float32), experts, how)[:, :width]
+    y: Any = _ffn(x, ids, gates.astype(jnp.float32), experts, how)
+    return y[:, :width]
 
 
 def filled_up(x: jax.Array, experts: Experts) -> tuple[jax.Array, Experts]:
@@ -105,7 +106,7 @@ def filled_up(x: jax.Array, experts: Experts) -> tuple[jax.Array, Experts]:
         return x, experts
     inner, outer = ((0, 0), (0, width), (0, hidden)), ((0, 0), (0, hidden), (0, width))
     room = (inner, inner, outer, inner[::2], inner[::2], outer[::2])
-    filled = (
+    filled: Any = (
         None if weight is None else jnp.pad(weight, sizes)
         for weight, sizes in zip(experts, room, strict=True)
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,6 +204,7 @@ def test_filling_up_changes_nothing(activation):
     gates = jnp.nan_to_num(jnp.asarray(gates))
 
     def total(x, gates, experts, filled):
+        wide_experts: Any
         wide, wide_experts = filled_up(x, experts) if filled else (x, experts)
         assert wide.shape[1] == (128 if filled else 24)
         assert wide_experts.w_down.shape[1:] == ((128, 128) if filled else (40, 24))
