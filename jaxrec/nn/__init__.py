@@ -8,6 +8,9 @@ from jaxrec.nn.mixture_of_logits import MixtureOfLogitsConfig as MixtureOfLogits
 from jaxrec.nn.moe import MoEConfig as MoEConfig
 from jaxrec.nn.moe import MoELayer as MoELayer
 from jaxrec.nn.moe import MoEReport as MoEReport
+from jaxrec.nn.moe import check_routers as check_routers
+from jaxrec.nn.moe_layouts import export_moe as export_moe
+from jaxrec.nn.moe_layouts import import_moe as import_moe
 from jaxrec.nn.overarch import AttentionOverArch as AttentionOverArch
 from jaxrec.nn.overarch import AttentionOverArchConfig as AttentionOverArchConfig
 from jaxrec.nn.overarch import MLPOverArch as MLPOverArch

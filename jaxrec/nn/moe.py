@@ -1,7 +1,8 @@
 """A mixture-of-experts feed-forward layer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from jaxrec.nn.checks import check_at_least, check_choice
 from jaxrec.nn.layers import Linear
 from jaxrec.ops import routing as ops
-from jaxrec.ops.routing import RouterStats
+from jaxrec.ops.expert_parallel import Exchanged, ExpertParallel, split_ffn, split_route
+from jaxrec.ops.routing import RouterStats, Routing
 from pallas_kernels import moe_ffn
 
 
@@ -93,10 +95,14 @@ class MoEReport(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """Weights of E gated feed-forward networks; f32."""
+    """Weights of E gated feed-forward networks; f32.
+
+    `parallel` tells over which devices they are split; None for no such split.
+    """
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.parallel: ExpertParallel | None = None
         experts, width, hidden = config.num_experts, config.width, config.hidden
         gated = config.activation != "silu"
 
@@ -112,26 +118,48 @@ class Experts(nnx.Module):
         self.b_gate = zeros(hidden, config.bias and gated)
         self.b_up, self.b_down = zeros(hidden, config.bias), zeros(width, config.bias)
 
+    def route(
+        self,
+        logits: Float[Array, "T E"],
+        *,
+        bias: Float[Array, "E"] | None,
+        valid: Bool[Array, "T"] | None,
+    ) -> Routing:
+        """See `jaxrec.ops.routing.route`, and `split_route` where the experts are split."""
+        options: dict[str, Any] = {"bias": bias, "valid": valid, **self.config.routing}
+        if self.parallel is None:
+            return ops.route(logits, **options)
+        return split_route(logits, self.parallel, **options)
+
     def __call__(
-        self, x: Float[Array, "T D"], expert_ids: Int[Array, "T K"], gates: Float[Array, "T K"]
-    ) -> Float[Array, "T D"]:
-        """See `pallas_kernels.moe_ffn`."""
+        self,
+        x: Float[Array, "T D"],
+        expert_ids: Int[Array, "T K"],
+        gates: Float[Array, "T K"],
+        beside: Float[Array, "T S"] | None = None,
+    ) -> Exchanged:
+        """See `pallas_kernels.moe_ffn`, and `split_ffn` where the experts are split."""
         config = self.config
-        biases = {
-            name: None if (value := getattr(self, name)) is None else value[...]
-            for name in ("b_gate", "b_up", "b_down")
+        names = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
+        weights = {
+            name: None if (value := getattr(self, name)) is None else value[...] for name in names
         }
-        return moe_ffn(
-            x, expert_ids, gates, None if self.w_gate is None else self.w_gate[...],
-            self.w_up[...], self.w_down[...], **biases, activation=config.activation,
-            save=config.save, chunk_tokens=config.chunk_tokens,
-        )  # fmt: skip
+        options = {
+            "activation": config.activation, "save": config.save,
+            "chunk_tokens": config.chunk_tokens,
+        }  # fmt: skip
+        if self.parallel is None:
+            arguments: Any = weights | options
+            out = moe_ffn(x, expert_ids, gates, **arguments)
+            return Exchanged(out, jnp.zeros((), jnp.int32), beside)
+        return split_ffn(x, expert_ids, gates, weights, self.parallel, beside=beside, **options)
 
 
 class MoELayer(nnx.Module):
     """A router and its experts in place of a feed-forward network. No token is dropped by default.
 
-    The router works in f32, the experts in the dtype of x.
+    The router works in f32, the experts in the dtype of x. `jaxrec.distributed.split_experts`
+    splits the experts over devices; the call, its output and its report stay what they are.
     """
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
@@ -173,7 +201,7 @@ class MoELayer(nnx.Module):
         config = self.config
         logits = self._logits(x, key)
         bias = None if self.expert_bias is None else self.expert_bias[...]
-        routing = ops.route(logits, bias=bias, valid=valid, **config.routing)
+        routing = self.experts.route(logits, bias=bias, valid=valid)
         loss = self._loss(logits, routing, valid, segment_ids, num_sequences)
         ids, gates, dropped = routing.expert_ids, routing.gates, 0
         if config.capacity_factor is not None:
@@ -181,8 +209,9 @@ class MoELayer(nnx.Module):
             ids, gates, dropped = ops.within_capacity(
                 ids, gates, num_experts=config.num_experts, capacity=max(1, round(share))
             )
-        out = self._add_shared(x, self.experts(x, ids, gates), valid)
-        return out, MoEReport(loss, ops.router_stats(routing, dropped))
+        out, lost, shared = self.experts(x, ids, gates, beside=self._shared_hidden(x))
+        out = self._add_shared(out, shared, valid)
+        return out, MoEReport(loss, ops.router_stats(routing, dropped + lost, logits=logits))
 
     def update_bias(self, load: Int[Array, "E"]) -> None:
         """Moves the router's bias against this load (of one step, or summed over devices)."""
@@ -197,11 +226,16 @@ class MoELayer(nnx.Module):
             return logits
         return ops.noisy(logits, self.spread(x32), key)
 
-    def _add_shared(self, x: Array, out: Array, valid: Array | None) -> Array:
-        if self.shared_up is None or self.shared_down is None:
-            return out
+    def _shared_hidden(self, x: Array) -> Array | None:
+        if self.shared_up is None:
+            return None
         gate, up = jnp.split(self.shared_up(x), 2, axis=-1)
-        shared = self.shared_down(jax.nn.silu(gate) * up)
+        return jax.nn.silu(gate) * up
+
+    def _add_shared(self, out: Array, hidden: Array | None, valid: Array | None) -> Array:
+        if hidden is None or self.shared_down is None:
+            return out
+        shared = self.shared_down(hidden)
         return out + (shared if valid is None else jnp.where(valid[:, None], shared, 0))
 
     def _loss(self, logits, routing, valid, segment_ids, num_sequences) -> Array:
@@ -219,3 +253,26 @@ class MoELayer(nnx.Module):
             per_sequence = ops.sequence_balancing_loss(routing, segment_ids, num_sequences)
             loss += config.sequence_weight * per_sequence
         return loss
+
+
+def check_routers(reports: Mapping[str, MoEReport]) -> None:
+    """Raises if a router's logits are not finite, and names the layer. Host only; waits for them.
+
+    Inside of jit nothing can raise, so a layer only counts such tokens; whoever reads the reports
+    of a step checks them:
+
+        check_routers({"blocks.0.moe": first, "blocks.1.moe": second})
+
+    Args:
+      reports: by the name of the layer, in the order in which the model calls them.
+
+    Raises:
+      FloatingPointError: for the first layer with such logits, as those behind it follow from it.
+    """
+    for name, report in reports.items():
+        if broken := int(report.stats.nonfinite):
+            raise FloatingPointError(
+                f"{name}: the router's logits are not finite for {broken} of its tokens. Its input "
+                "or its weights hold NaN or infinity: check the learning rate, the gradients' norm "
+                "and the batch, and resume from a checkpoint before this step"
+            )

@@ -41,7 +41,10 @@ class RouterStats(NamedTuple):
       max_over_mean: largest load over the mean load: what the slowest expert costs; f32.
       dead_experts: experts without any token; i32.
       entropy: of a token's probabilities, mean in nats; ln(E) where all are alike; f32.
-      dropped: pairs over capacity, 0 without one; i32.
+      dropped: pairs over an expert's capacity, or over that of the exchange between devices where
+        experts are split; 0 without such limits; i32.
+      nonfinite: tokens whose logits are not all finite: a broken layer, see
+        `jaxrec.nn.check_routers`; i32.
     """
 
     load: Int32[Array, "E"]
@@ -49,6 +52,7 @@ class RouterStats(NamedTuple):
     dead_experts: Int32[Array, ""]
     entropy: Float32[Array, ""]
     dropped: Int32[Array, ""]
+    nonfinite: Int32[Array, ""]
 
 
 def route(
@@ -192,7 +196,7 @@ def router_z_loss(
     """
     squares = jax.nn.logsumexp(logits.astype(jnp.float32), axis=1) ** 2
     if valid is None:
-        return squares.mean()
+        return squares.sum() / max(squares.size, 1)
     return jnp.where(valid, squares, 0).sum() / jnp.maximum(valid.sum(), 1)
 
 
@@ -207,9 +211,17 @@ def updated_bias(
     return bias + rate * jnp.sign(load.mean() - load)
 
 
-def router_stats(routing: Routing, dropped: Int[Array, ""] | int = 0) -> RouterStats:
-    """How evenly this routing uses the experts."""
-    shares = routing.probabilities
+def router_stats(
+    routing: Routing,
+    dropped: Int[Array, ""] | int = 0,
+    *,
+    logits: Float[Array, "T E"] | None = None,
+) -> RouterStats:
+    """How evenly this routing uses the experts; `nonfinite` is counted where logits are given."""
+    shares, nonfinite = routing.probabilities, 0
+    if logits is not None:
+        broken = (routing.expert_ids[:, 0] >= 0) & ~jnp.isfinite(logits).all(axis=1)
+        nonfinite = jnp.sum(broken, dtype=jnp.int32)
     load = expert_load(routing.expert_ids, shares.shape[1])
     tokens = jnp.maximum(jnp.sum(shares.sum(axis=1) > 0), 1)
     entropy = -jnp.sum(shares * jnp.log(jnp.maximum(shares, _TINY))) / tokens
@@ -219,6 +231,7 @@ def router_stats(routing: Routing, dropped: Int[Array, ""] | int = 0) -> RouterS
         dead_experts=jnp.sum(load == 0, dtype=jnp.int32),
         entropy=entropy,
         dropped=jnp.asarray(dropped, jnp.int32),
+        nonfinite=jnp.asarray(nonfinite, jnp.int32),
     )
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from pallas_kernels._backend import Backend, resolve
 from pallas_kernels.moe import ref
 from pallas_kernels.moe.activation import ACTIVATIONS, Activation, is_gated
-from pallas_kernels.moe.config import MoeConfig, kernel_problem
+from pallas_kernels.moe.config import KERNEL_MULTIPLE, MoeConfig, kernel_problem
 from pallas_kernels.moe.dispatch import moe_dispatch
 from pallas_kernels.moe.ref import Experts
 
@@ -66,8 +66,9 @@ def moe_ffn(
         fp8, of the scales.) "x" and "gate_up" give the same gradients but for rounding.
       chunk_tokens: tokens whose gathered rows exist at once, in a kernel; the XLA backend gathers
         one tile at a time whatever it is. None takes all tokens at once.
-      backend: "xla"; "mosaic_gpu" for bf16 x on Hopper, D and H multiples of 128; or None for
-        the best supported. A name never falls back.
+      backend: "xla"; "mosaic_gpu" for bf16 x on Hopper, which fills D and H up to multiples of
+        128 with zeros if need be (copies of x and weights, and bytes kept, of these sizes); or
+        None for the best supported. A name never falls back.
       config: tile sizes; None takes the heuristic.
 
     Raises:
@@ -80,7 +81,7 @@ def moe_ffn(
     """
     experts = Experts(w_gate, w_up, w_down, b_gate, b_up, b_down)
     _check(x, expert_ids, gates, experts, activation, save, chunk_tokens)
-    chosen = resolve("moe_ffn", backend, lambda: kernel_problem(x, w_up), wgmma=True)
+    chosen = resolve("moe_ffn", backend, lambda: kernel_problem(x), wgmma=True)
     experts = jax.tree.map(jnp.asarray, experts)
     x, gates = jnp.asarray(x), jnp.asarray(gates)
     ids = jnp.asarray(expert_ids, jnp.int32)
@@ -88,7 +89,28 @@ def moe_ffn(
         return jnp.zeros_like(x)
     tiles = config or MoeConfig.heuristic(ids.size, w_up.shape[0])
     how = _How(activation, save, chunk_tokens, chosen, tiles)
-    return _ffn(x, ids, gates.astype(jnp.float32), experts, how)
+    width = x.shape[1]
+    if chosen == "mosaic_gpu":
+        x, experts = filled_up(x, experts)
+    y: Any = _ffn(x, ids, gates.astype(jnp.float32), experts, how)
+    return y[:, :width]
+
+
+def filled_up(x: jax.Array, experts: Experts) -> tuple[jax.Array, Experts]:
+    """x and experts with D and H filled up to what the kernels take.
+
+    Zeros change nothing: f(0) ⊙ 0 = 0 for every activation, and zero columns of w_down give zeros.
+    """
+    width, hidden = (-size % KERNEL_MULTIPLE for size in experts.w_up.shape[1:])
+    if width == hidden == 0:
+        return x, experts
+    inner, outer = ((0, 0), (0, width), (0, hidden)), ((0, 0), (0, hidden), (0, width))
+    room = (inner, inner, outer, inner[::2], inner[::2], outer[::2])
+    filled: Any = (
+        None if weight is None else jnp.pad(weight, sizes)
+        for weight, sizes in zip(experts, room, strict=True)
+    )
+    return jnp.pad(x, inner[:2]), Experts(*filled)
 
 
 def saved_bytes(

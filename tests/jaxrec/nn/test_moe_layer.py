@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jaxrec.functional import split_params
-from jaxrec.nn import MoEConfig, MoELayer
+from jaxrec.nn import MoEConfig, MoELayer, check_routers
 from jaxrec.ops import routing as ops
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((30, 8)), jnp.float32)
@@ -93,6 +93,26 @@ def test_capacity_drops_and_says_so():
     out, report = bound(X)
     assert int(report.stats.dropped) >= 60 - 4 * round(0.5 * 30 * 2 / 4)
     assert np.isfinite(out).all()
+
+
+def test_a_broken_router_is_named():
+    moe, valid = layer(), jnp.arange(30) < 20
+    fine = jax.jit(lambda x: moe(x, valid=valid)[1])
+    # NaN in padding is no mistake; in tokens it is.
+    check_routers({"first": fine(X), "second": fine(X.at[25].set(jnp.nan))})
+    broken = fine(X.at[3, 0].set(jnp.inf).at[4].set(jnp.nan))
+    assert int(broken.stats.nonfinite) == 2
+    with pytest.raises(
+        FloatingPointError, match=r"blocks.1.moe: .* not finite for 2 of its tokens"
+    ):
+        check_routers({"blocks.0.moe": fine(X), "blocks.1.moe": broken})
+
+
+def test_no_tokens():
+    moe = layer(shared_hidden=5, cv_weight=0.1)
+    out, report = moe(X[:0])
+    assert out.shape == (0, 8)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(report))
 
 
 def test_noise_only_with_a_key():

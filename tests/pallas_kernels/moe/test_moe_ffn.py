@@ -314,6 +314,28 @@ def test_weights_of_another_dtype_keep_it():
     assert ffn(case | {"x": bf16_x}).dtype == jnp.bfloat16
 
 
+def test_arguments_of_different_dtypes():
+    """Products in the dtype of x; every gradient in that of its own argument."""
+    case = cases.inputs(18, 20, 8, 6, 4, 2, bias=True)
+    dtypes = {"x": "bfloat16", "gates": "bfloat16", "w_gate": "float16", "w_up": "float32"}
+    dtypes |= {"w_down": "bfloat16", "b_gate": "float32", "b_up": "bfloat16", "b_down": "float32"}
+    mixed: Any = {name: jnp.asarray(case[name], dtype) for name, dtype in dtypes.items()}
+    ids = case["expert_ids"]
+
+    def total(mixed, ids):
+        y = moe_ffn(expert_ids=ids, **mixed)
+        assert y.dtype == jnp.bfloat16
+        return y.astype(jnp.float32).sum()
+
+    grads = jax.grad(total)(mixed, jnp.asarray(ids, jnp.int16))
+    assert {name: str(grad.dtype) for name, grad in grads.items()} == dtypes
+    plain = jax.tree.map(lambda a: a.astype(jnp.float32), mixed)
+    wanted = jax.grad(lambda m: moe_ffn(expert_ids=ids, **m).sum())(plain)
+    for name, grad in grads.items():
+        scale = float(jnp.abs(wanted[name]).max())
+        np.testing.assert_allclose(np.float32(grad), wanted[name], atol=3e-2 * scale, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [

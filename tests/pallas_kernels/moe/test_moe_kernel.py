@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from simulated_moe import residuals, value_and_gradients
 
 from pallas_kernels._testing import simulate
 from pallas_kernels.moe import MoeConfig, moe_ffn, ref, saved_bytes
+from pallas_kernels.moe.api import filled_up
 from pallas_kernels.moe.chunks import Chunks
 from pallas_kernels.moe.config import kernel_problem
 from pallas_kernels.moe.dispatch import group_tiles, moe_dispatch
@@ -21,6 +23,7 @@ FORWARD = "pallas_kernels.moe.mosaic_gpu:forward"
 BACKWARD = "pallas_kernels.moe.mosaic_gpu_vjp:backward"
 CONFIG = MoeConfig(programs=2, shared_tiles=2)
 EXPERTS = 4
+BIASES = ("b_gate", "b_up", "b_down")
 
 
 def routing(name, rng):
@@ -187,20 +190,42 @@ def test_kept_bytes_are_the_formula(save, chunk_tokens, activation):
     assert kept - weights == formula
 
 
-@pytest.mark.parametrize(
-    ("shape", "hidden", "dtype", "problem"),
-    [
-        ((64, 128), 128, jnp.float32, "x is float32"),
-        ((64, 100), 128, jnp.bfloat16, "D=100"),
-        ((64, 128), 100, jnp.bfloat16, "H=100"),
-        ((1, 128), 128, jnp.bfloat16, None),
-    ],
-)
-def test_unsupported_calls_are_explained(shape, hidden, dtype, problem):
-    x = jax.ShapeDtypeStruct(shape, dtype)
-    w_up = jax.ShapeDtypeStruct((4, shape[1], hidden), jnp.bfloat16)
-    found = kernel_problem(x, w_up)
-    assert found is None if problem is None else problem in (found or "")
+def test_unsupported_calls_are_explained():
+    assert "x is float32" in (kernel_problem(jax.ShapeDtypeStruct((64, 128), jnp.float32)) or "")
+    assert kernel_problem(jax.ShapeDtypeStruct((1, 100), jnp.bfloat16)) is None
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "silu"])
+def test_filling_up_changes_nothing(activation):
+    """What the kernels get for other widths, against the arguments as they are."""
+    x, ids, gates, experts = arguments(
+        "empty", width=24, hidden=40, activation=activation, bias=True
+    )
+    gates = jnp.nan_to_num(jnp.asarray(gates))
+
+    def total(x, gates, experts, filled):
+        wide_experts: Any
+        wide, wide_experts = filled_up(x, experts) if filled else (x, experts)
+        assert wide.shape[1] == (128 if filled else 24)
+        assert wide_experts.w_down.shape[1:] == ((128, 128) if filled else (40, 24))
+        y = moe_ffn(
+            wide,
+            ids,
+            gates,
+            *wide_experts[:3],
+            **dict(zip(BIASES, wide_experts[3:], strict=True)),
+            activation=activation,
+        )
+        assert not y[:, 24:].any()
+        return jnp.vdot(y[:, :24], x), y[:, :24]
+
+    arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, gates, experts))
+    plain, filled = (
+        jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(*arrays, filled)
+        for filled in (False, True)
+    )
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(filled), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_workload_arrays_have_the_announced_shapes():

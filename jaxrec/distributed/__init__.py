@@ -1,0 +1,3 @@
+"""Training and serving on many devices."""
+
+from jaxrec.distributed.experts import split_experts as split_experts
