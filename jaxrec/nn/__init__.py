@@ -5,9 +5,12 @@ from jaxrec.nn.hstu import HSTU as HSTU
 from jaxrec.nn.hstu import HSTUConfig as HSTUConfig
 from jaxrec.nn.mixture_of_logits import MixtureOfLogits as MixtureOfLogits
 from jaxrec.nn.mixture_of_logits import MixtureOfLogitsConfig as MixtureOfLogitsConfig
+from jaxrec.nn.moe import ExpertBias as ExpertBias
 from jaxrec.nn.moe import MoEConfig as MoEConfig
 from jaxrec.nn.moe import MoELayer as MoELayer
 from jaxrec.nn.moe import MoEReport as MoEReport
+from jaxrec.nn.moe import encode_with_reports as encode_with_reports
+from jaxrec.nn.moe import update_expert_bias as update_expert_bias
 from jaxrec.nn.overarch import AttentionOverArch as AttentionOverArch
 from jaxrec.nn.overarch import AttentionOverArchConfig as AttentionOverArchConfig
 from jaxrec.nn.overarch import MLPOverArch as MLPOverArch

@@ -1,7 +1,8 @@
 """A mixture-of-experts feed-forward layer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from jaxrec.nn.checks import check_at_least, check_choice
 from jaxrec.nn.layers import Linear
 from jaxrec.ops import routing as ops
+from jaxrec.ops.jagged import JaggedBatch, segment_ids, valid_tokens
 from jaxrec.ops.routing import RouterStats
 from pallas_kernels import moe_ffn
 
@@ -184,6 +186,23 @@ class MoELayer(nnx.Module):
         out = self._add_shared(x, self.experts(x, ids, gates), valid)
         return out, MoEReport(loss, ops.router_stats(routing, dropped))
 
+    def on_sequences(
+        self,
+        x: Float[Array, "T D"],
+        seq_offsets: Int[Array, "B1"],
+        *,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "T D"], MoEReport]:
+        """The call for packed sequences: slots behind the last one are padding."""
+        tokens = x.shape[0]
+        return self(
+            x,
+            valid=valid_tokens(seq_offsets, tokens),
+            segment_ids=segment_ids(seq_offsets, tokens),
+            num_sequences=seq_offsets.shape[0] - 1,
+            key=key,
+        )
+
     def update_bias(self, load: Int[Array, "E"]) -> None:
         """Moves the router's bias against this load (of one step, or summed over devices)."""
         if self.expert_bias is not None:
@@ -219,3 +238,36 @@ class MoELayer(nnx.Module):
             per_sequence = ops.sequence_balancing_loss(routing, segment_ids, num_sequences)
             loss += config.sequence_weight * per_sequence
         return loss
+
+
+def settle_moe(config: Any) -> None:
+    """Makes `config.moe` a `MoEConfig` where it was read from JSON, and checks its width.
+
+    Raises:
+      ValueError: its width is not that of `config`.
+    """
+    moe = config.moe
+    if isinstance(moe, Mapping):
+        moe = MoEConfig(**moe)
+        object.__setattr__(config, "moe", moe)
+    if moe is not None and moe.width != config.width:
+        raise ValueError(
+            f"{type(config).__name__}: moe.width is {moe.width}, the model's {config.width}; "
+            "expected the same"
+        )
+
+
+def encode_with_reports(
+    model: Any, batch: JaggedBatch, *, key: jax.Array | None = None
+) -> tuple[Float[Array, "T D"], tuple[MoEReport, ...]]:
+    """`model.encode`, and what its `moe_layers` report; nothing where a model has none."""
+    if hasattr(model, "encode_with_reports"):
+        return model.encode_with_reports(batch, key=key)
+    return model.encode(batch, key=key), ()
+
+
+def update_expert_bias(model: Any, reports: tuple[MoEReport, ...]) -> None:
+    """Moves the bias of each of the model's routers against the load that it reported."""
+    layers = model.moe_layers() if reports else []
+    for layer, report in zip(layers, reports, strict=True):
+        layer.update_bias(report.stats.load)

@@ -12,7 +12,13 @@ from jaxtyping import Float, Int
 
 from jaxrec.data import PopularitySampler, UniformSampler
 from jaxrec.functional import copy_params, leaf_names, split_params
-from jaxrec.nn import overarch_of
+from jaxrec.nn import (
+    ExpertBias,
+    MoEReport,
+    encode_with_reports,
+    overarch_of,
+    update_expert_bias,
+)
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.ops.losses import (
     full_softmax_loss,
@@ -35,6 +41,8 @@ class TrainState(NamedTuple):
       opt_state: the optimizer's state.
       ema_params: exponential moving average of params, or None.
       key: key data from which each step folds its own.
+      expert_bias: what balances routers (an `nnx.State` of `ExpertBias`), moved in every step by
+        their load and never averaged; None for a model without.
     """
 
     step: jax.Array
@@ -42,11 +50,13 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     ema_params: PyTree
     key: jax.Array
+    expert_bias: PyTree = None
 
     @property
     def eval_params(self) -> PyTree:
-        """The averaged weights where there are any, else the weights."""
-        return self.params if self.ema_params is None else self.ema_params
+        """The averaged weights where there are any, else the weights; with the experts' bias."""
+        params = self.params if self.ema_params is None else self.ema_params
+        return with_bias(params, self.expert_bias)
 
 
 class StepMetrics(NamedTuple):
@@ -54,7 +64,8 @@ class StepMetrics(NamedTuple):
 
     `nonfinite` is the number (in `jax.tree.leaves` order) of the first parameter whose gradient
     or new value is not finite, or the number of parameters if only the loss is not; -1 if all is
-    well. Any other step leaves weights, their average and the optimizer as they were.
+    well. Any other step leaves weights, their average and the optimizer as they were. `routers` is
+    the report of each layer of experts; their losses are part of `loss`.
     """
 
     loss: jax.Array
@@ -63,6 +74,7 @@ class StepMetrics(NamedTuple):
     num_targets: jax.Array
     learning_rate: jax.Array
     nonfinite: jax.Array
+    routers: tuple[MoEReport, ...] = ()
 
 
 type TrainStep = Callable[[TrainState, JaggedBatch], tuple[TrainState, StepMetrics]]
@@ -202,12 +214,14 @@ def init_state(
     """The state before the first step; weights are copied, so the model stays usable."""
     _check_decay(ema_decay)
     params = copy_params(model)
+    bias = jax.tree.map(jnp.copy, nnx.state(model, ExpertBias))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         ema_params=None if ema_decay is None else jax.tree.map(jnp.copy, params),
         key=jax.random.key_data(jax.random.key(seed, impl="rbg")),
+        expert_bias=bias if jax.tree.leaves(bias) else None,
     )
 
 
@@ -222,6 +236,9 @@ def make_step(
     overarch_sampler: Sampler | None = None,
 ) -> TrainStep:
     """Builds the jitted step of `model` (anything with `encode` and `item_embeddings`).
+
+    A model with `encode_with_reports` and `moe_layers` is trained with its routers' losses, and
+    their bias is moved.
 
     The state is donated: use the returned one. `ema_decay` must be that of `init_state`.
     `sampler` draws the negatives, `overarch_sampler` the over-arch's; None draws uniformly.
@@ -243,28 +260,44 @@ def make_step(
     )
     rebuild, _ = split_params(model)
 
-    def batch_loss(params: PyTree, batch: JaggedBatch, key: jax.Array) -> jax.Array:
-        module: Any = rebuild(params)
+    def batch_loss(
+        params: PyTree, expert_bias: PyTree, batch: JaggedBatch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[MoEReport, ...]]:
+        module: Any = rebuild(with_bias(params, expert_bias))
         dropout_key, negatives_key = jax.random.split(key)
-        hidden = module.encode(batch, key=dropout_key)[batch.target_positions]
+        hidden, reports = encode_with_reports(module, batch, key=dropout_key)
+        hidden = hidden[batch.target_positions]
         table = module.item_embeddings().astype(hidden.dtype)
         target_ids = jnp.asarray(batch.target_ids)
         value = target_loss(loss, hidden, table, target_ids, negatives_key, drawn)
+        value = sum((report.loss for report in reports), value)
         if loss.overarch is None:
-            return value
+            return value, reports
         key = jax.random.fold_in(negatives_key, 1)
-        return value + overarch_loss(
+        value += overarch_loss(
             loss.overarch, module.overarch, hidden, table, target_ids, key, drawn_for_overarch
         )
+        return value, reports
+
+    def moved_bias(state: TrainState, reports: tuple[MoEReport, ...]) -> PyTree:
+        if state.expert_bias is None:
+            return None
+        module = rebuild(with_bias(state.params, state.expert_bias))
+        update_expert_bias(module, reports)
+        return nnx.state(module, ExpertBias)
 
     def step(state: TrainState, batch: JaggedBatch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="rbg"), state.step)
-        value, grads = jax.value_and_grad(batch_loss)(state.params, batch, key)
+        gradient = jax.value_and_grad(batch_loss, has_aux=True)
+        (value, reports), grads = gradient(state.params, state.expert_bias, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         nonfinite = first_nonfinite(value, grads, params)
-        new = TrainState(
-            state.step, params, opt_state, _average(state, params, ema_decay), state.key
+        new = state._replace(
+            params=params,
+            opt_state=opt_state,
+            ema_params=_average(state, params, ema_decay),
+            expert_bias=moved_bias(state, reports),
         )
         new = jax.tree.map(lambda a, b: jnp.where(nonfinite < 0, a, b), new, state)
         metrics = StepMetrics(
@@ -274,10 +307,16 @@ def make_step(
             num_targets=(batch.target_ids != PADDING_ID).sum(),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             nonfinite=nonfinite,
+            routers=reports,
         )
         return new._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def with_bias(params: PyTree, expert_bias: PyTree) -> PyTree:
+    """Weights and the experts' bias, if there is one, as one state."""
+    return params if expert_bias is None else nnx.merge_state(params, expert_bias)
 
 
 def _check_decay(decay: float | None) -> None:
