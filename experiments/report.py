@@ -71,18 +71,35 @@ def bars(
     return _png(figure)
 
 
-def _axes(x: str, y: str) -> tuple[Any, Any]:
+def stacked(
+    panels: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]], *, x: str, y: str
+) -> bytes:
+    """Stacked areas as PNG bytes, a panel each: (xs, at each x the heights of all areas)."""
+    figure, axes = _axes(x, y, panels=len(panels))
+    for panel, (title, (xs, rows)) in zip(axes, panels.items(), strict=True):
+        layers = list(zip(*rows, strict=True))
+        panel.stackplot(xs, layers, colors=COLOURS, edgecolor="white", lw=0.6)
+        panel.set(title=title, xlim=(min(xs), max(xs)), ylim=(0, max(map(sum, rows))))
+        panel.grid(visible=False)
+    return _png(figure)
+
+
+def _axes(x: str, y: str, panels: int = 0) -> tuple[Any, Any]:
+    """A figure with one pair of axes, or with a list of so many panels side by side."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.2, 3.6), layout="constrained")
-    axes.set(xlabel=x, ylabel=y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e3e7ec", lw=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
+    figure, grid = plt.subplots(
+        1, panels or 1, figsize=(6.2, 3.6), layout="constrained", squeeze=False, sharey=True
+    )
+    for number, axes in enumerate(grid[0]):
+        axes.set(xlabel=x, ylabel="" if number else y)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e3e7ec", lw=0.8)
+        axes.set_axisbelow(True)
+    return figure, list(grid[0]) if panels else grid[0, 0]
 
 
 def _png(figure: Any) -> bytes:
