@@ -1,7 +1,8 @@
 """HSTU: pointwise attention with gating, relative position and time biases."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 
 from jaxrec.nn.checks import check_at_least, check_choice, check_heads, check_share
 from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
-from jaxrec.nn.moe import MoEConfig, MoELayer, MoEReport, settle_moe
+from jaxrec.nn.moe import MoEConfig, MoELayer, MoEReport, check_experts, config_from_dict
 from jaxrec.ops.jagged import JaggedBatch, positions
 from jaxrec.ops.layers import dropout, layer_norm, split_or_none
 from pallas_kernels import hstu_attention
@@ -53,8 +54,13 @@ class HSTUConfig:
     attribute_slots: int = 0
     moe: MoEConfig | None = None
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "HSTUConfig":
+        """The configuration of stored fields, as `dataclasses.asdict` gives them."""
+        return config_from_dict(cls, fields)
+
     def __post_init__(self):
-        settle_moe(self)
+        check_experts(self)
         check_at_least(
             self, num_items=1, max_len=1, width=1, num_blocks=1, num_heads=1, time_buckets=0
         )

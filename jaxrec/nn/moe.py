@@ -14,7 +14,7 @@ from jaxrec.nn.layers import Linear
 from jaxrec.ops import routing as ops
 from jaxrec.ops.jagged import JaggedBatch, segment_ids, valid_tokens
 from jaxrec.ops.routing import RouterStats
-from pallas_kernels import moe_ffn
+from pallas_kernels import Backend, MoeMemory, MoeShape, moe_ffn, moe_memory
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,33 @@ class MoEConfig:
         """Arguments of `route`."""
         names = ("slots", "scoring", "normalise", "groups", "top_groups")
         return {name: getattr(self, name) for name in names}
+
+    def memory(
+        self, num_tokens: int, *, itemsize: int = 4, backend: Backend = "mosaic_gpu"
+    ) -> MoeMemory:
+        """Bytes that training the experts on so many tokens takes; see `MoeMemory`.
+
+        Router and shared expert are left out.
+
+        Args:
+          itemsize: bytes of an element of the tokens: 4 for f32, 2 for bf16; weights are f32.
+          backend: of `moe_ffn`.
+        """
+        shape = MoeShape(
+            num_tokens,
+            self.width,
+            self.hidden,
+            self.num_experts,
+            self.slots,
+            activation=self.activation,
+            save=self.save,
+            chunk_tokens=self.chunk_tokens,
+            itemsize=itemsize,
+            weight_itemsize=4,
+            biases=self.bias,
+            backend=backend,
+        )
+        return moe_memory(shape)
 
 
 class ExpertBias(nnx.Variable):
@@ -240,21 +267,21 @@ class MoELayer(nnx.Module):
         return loss
 
 
-def settle_moe(config: Any) -> None:
-    """Makes `config.moe` a `MoEConfig` where it was read from JSON, and checks its width.
-
-    Raises:
-      ValueError: its width is not that of `config`.
-    """
-    moe = config.moe
+def check_experts(config: Any) -> None:
+    """Raises ValueError unless `config.moe` is None or a `MoEConfig` of the model's width."""
+    name, moe = type(config).__name__, config.moe
     if isinstance(moe, Mapping):
-        moe = MoEConfig(**moe)
-        object.__setattr__(config, "moe", moe)
+        raise ValueError(f"{name}.moe is a mapping; read stored fields with {name}.from_dict")
     if moe is not None and moe.width != config.width:
         raise ValueError(
-            f"{type(config).__name__}: moe.width is {moe.width}, the model's {config.width}; "
-            "expected the same"
+            f"{name}: moe.width is {moe.width}, the model's {config.width}; expected the same"
         )
+
+
+def config_from_dict[C](kind: type[C], fields: Mapping[str, Any]) -> C:
+    """The configuration of a model that `dataclasses.asdict` made `fields` of."""
+    moe = fields.get("moe")
+    return kind(**{**fields, "moe": None if moe is None else MoEConfig(**moe)})
 
 
 def encode_with_reports(
