@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -298,7 +299,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=list(cases()), default=list(cases()))
     parser.add_argument("--repeats", type=int, default=10, help="samples of each variant")
     parser.add_argument("--small", action="store_true", help="shrinks every layer")
-    parser.add_argument("--results", type=record.Path, default=record.RESULTS)
+    parser.add_argument("--results", type=Path, default=record.RESULTS)
     parser.add_argument("--scratch", action="store_true", help="the result is not for keeping")
     options = parser.parse_args()
     options.small = options.small or jax.default_backend() != "gpu"
@@ -339,7 +340,7 @@ def _measurements(
     ]
 
 
-def plot(path: record.Path, chosen: dict[str, Case], found: dict[Any, dict[str, Measured]]) -> None:
+def plot(path: Path, chosen: dict[str, Case], found: dict[Any, dict[str, Measured]]) -> None:
     """Rates and peaks of the gradient's pass beside the result; 0 where a variant did not run."""
     rows = {name: found[name, "gradient"] for name in chosen}
     names = list(dict.fromkeys(variant for row in rows.values() for variant in row))

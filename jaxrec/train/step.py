@@ -37,12 +37,13 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: updates done; i32 scalar.
-      params: f32 master weights (an `nnx.State` of `nnx.Param`).
+      params: f32 master weights (an `nnx.State` of `nnx.Param`); see below.
       opt_state: the optimizer's state.
       ema_params: exponential moving average of params, or None.
       key: key data from which each step folds its own.
-      expert_bias: what balances routers (an `nnx.State` of `ExpertBias`), moved in every step by
-        their load and never averaged; None for a model without.
+
+    Where routers are balanced by a bias, `params` holds it as well (`ExpertBias`): every step moves
+    it by their load; the optimizer does not see it, and `ema_params` has it as it is.
     """
 
     step: jax.Array
@@ -50,13 +51,11 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     ema_params: PyTree
     key: jax.Array
-    expert_bias: PyTree = None
 
     @property
     def eval_params(self) -> PyTree:
-        """The averaged weights where there are any, else the weights; with the experts' bias."""
-        params = self.params if self.ema_params is None else self.ema_params
-        return with_bias(params, self.expert_bias)
+        """The averaged weights where there are any, else the weights."""
+        return self.params if self.ema_params is None else self.ema_params
 
 
 class StepMetrics(NamedTuple):
@@ -213,15 +212,14 @@ def init_state(
 ) -> TrainState:
     """The state before the first step; weights are copied, so the model stays usable."""
     _check_decay(ema_decay)
-    params = copy_params(model)
-    bias = jax.tree.map(jnp.copy, nnx.state(model, ExpertBias))
+    weights = copy_params(model)
+    params = _with_bias(weights, jax.tree.map(jnp.copy, nnx.state(model, ExpertBias)))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(weights),
         ema_params=None if ema_decay is None else jax.tree.map(jnp.copy, params),
         key=jax.random.key_data(jax.random.key(seed, impl="rbg")),
-        expert_bias=bias if jax.tree.leaves(bias) else None,
     )
 
 
@@ -261,9 +259,9 @@ def make_step(
     rebuild, _ = split_params(model)
 
     def batch_loss(
-        params: PyTree, expert_bias: PyTree, batch: JaggedBatch, key: jax.Array
+        weights: PyTree, bias: PyTree, batch: JaggedBatch, key: jax.Array
     ) -> tuple[jax.Array, tuple[MoEReport, ...]]:
-        module: Any = rebuild(with_bias(params, expert_bias))
+        module: Any = rebuild(_with_bias(weights, bias))
         dropout_key, negatives_key = jax.random.split(key)
         hidden, reports = encode_with_reports(module, batch, key=dropout_key)
         hidden = hidden[batch.target_positions]
@@ -279,25 +277,25 @@ def make_step(
         )
         return value, reports
 
-    def moved_bias(state: TrainState, reports: tuple[MoEReport, ...]) -> PyTree:
-        if state.expert_bias is None:
-            return None
-        module = rebuild(with_bias(state.params, state.expert_bias))
+    def moved_bias(weights: PyTree, bias: PyTree, reports: tuple[MoEReport, ...]) -> PyTree:
+        if not jax.tree.leaves(bias):
+            return bias
+        own = jax.tree.map(lambda leaf: leaf, bias)  # the module writes into what it is given
+        module = rebuild(_with_bias(weights, own))
         update_expert_bias(module, reports)
         return nnx.state(module, ExpertBias)
 
     def step(state: TrainState, batch: JaggedBatch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="rbg"), state.step)
+        weights, bias = _split_bias(state.params)
         gradient = jax.value_and_grad(batch_loss, has_aux=True)
-        (value, reports), grads = gradient(state.params, state.expert_bias, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        nonfinite = first_nonfinite(value, grads, params)
-        new = state._replace(
-            params=params,
-            opt_state=opt_state,
-            ema_params=_average(state, params, ema_decay),
-            expert_bias=moved_bias(state, reports),
+        (value, reports), grads = gradient(weights, bias, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, weights)
+        updated = optax.apply_updates(weights, updates)
+        nonfinite = first_nonfinite(value, grads, updated)
+        params = _with_bias(updated, moved_bias(weights, bias, reports))
+        new = TrainState(
+            state.step, params, opt_state, _average(state, params, ema_decay), state.key
         )
         new = jax.tree.map(lambda a, b: jnp.where(nonfinite < 0, a, b), new, state)
         metrics = StepMetrics(
@@ -314,9 +312,13 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def with_bias(params: PyTree, expert_bias: PyTree) -> PyTree:
-    """Weights and the experts' bias, if there is one, as one state."""
-    return params if expert_bias is None else nnx.merge_state(params, expert_bias)
+def _split_bias(params: PyTree) -> tuple[PyTree, PyTree]:
+    """(weights, bias of the routers): the latter without leaves for a model that has none."""
+    return nnx.split_state(params, nnx.Param, ExpertBias)
+
+
+def _with_bias(weights: PyTree, bias: PyTree) -> PyTree:
+    return nnx.merge_state(weights, bias) if jax.tree.leaves(bias) else weights
 
 
 def _check_decay(decay: float | None) -> None:
@@ -331,7 +333,10 @@ def _average(state: TrainState, params: PyTree, decay: float | None) -> PyTree:
         return None
     # An average that starts from the first weights would carry them for 1 / (1 - decay) steps.
     warm = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-    return jax.tree.map(lambda e, p: warm * e + (1 - warm) * p, state.ema_params, params)
+    weights, bias = _split_bias(params)
+    averaged, _ = _split_bias(state.ema_params)
+    averaged = jax.tree.map(lambda e, p: warm * e + (1 - warm) * p, averaged, weights)
+    return _with_bias(averaged, bias)
 
 
 def first_nonfinite(loss: jax.Array, grads: PyTree, params: PyTree) -> Int[jax.Array, ""]:
@@ -343,5 +348,5 @@ def first_nonfinite(loss: jax.Array, grads: PyTree, params: PyTree) -> Int[jax.A
 
 
 def parameter_names(params: PyTree) -> list[str]:
-    """Dotted name of every leaf, in the order that `StepMetrics.nonfinite` counts."""
-    return leaf_names(params)
+    """Dotted name of every weight, in the order that `StepMetrics.nonfinite` counts."""
+    return leaf_names(_split_bias(params)[0])

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from tiny_run import MAX_LEN, NUM_ITEMS, tiny_batches, tiny_split
 
 from jaxrec.nn import (
     HSTU,
+    ExpertBias,
     HSTUConfig,
     MixtureOfLogits,
     MixtureOfLogitsConfig,
@@ -24,7 +24,6 @@ from jaxrec.nn import (
 )
 from jaxrec.ops.routing import updated_bias
 from jaxrec.train import (
-    CheckpointStore,
     LossConfig,
     OptimizerConfig,
     OverArchLoss,
@@ -64,6 +63,10 @@ def parts(model, loss: LossConfig | None = None):
         model, optimizer, loss=loss or LossConfig(), schedule=make_schedule(ADAM), ema_decay=0.9
     )
     return init_state(model, optimizer, seed=0, ema_decay=0.9), step
+
+
+def biases(params):
+    return [np.asarray(bias) for bias in jax.tree.leaves(nnx.filter_state(params, ExpertBias))]
 
 
 def batch():
@@ -108,34 +111,34 @@ def test_a_balancing_loss_balances():
 def test_bias_moves_against_the_load_and_is_evaluated():
     model = sasrec()
     state, step = parts(model)
-    before = jax.device_get(state.expert_bias)
+    before = biases(state.params)
     state, metrics = step(state, batch())
-    for number, router in enumerate(metrics.routers):
-        old = before["blocks"][number]["moe"]["expert_bias"][...]
-        new = state.expert_bias["blocks"][number]["moe"]["expert_bias"][...]
+    assert len(before) == len(metrics.routers) == 2
+    for old, new, router in zip(before, biases(state.params), metrics.routers, strict=True):
         np.testing.assert_array_equal(new, updated_bias(old, router.stats.load, rate=0.01))
         assert np.abs(new).max() > 0
-    chosen = jax.tree.map(lambda bias: 100 * jnp.arange(bias.size), state.expert_bias)
-    loaded = with_params(model, state._replace(expert_bias=chosen).eval_params)
-    _, reports = encode_with_reports(loaded, batch())
+    for averaged, own in zip(biases(state.eval_params), biases(state.params), strict=True):
+        np.testing.assert_array_equal(averaged, own)
+    weights, bias = nnx.split_state(state.params, nnx.Param, ExpertBias)
+    bias = jax.tree.map(lambda leaf: 100.0 * jnp.arange(leaf.size), bias)
+    preferred = nnx.merge_state(weights, bias)
+    _, reports = encode_with_reports(with_params(model, preferred), batch())
     np.testing.assert_array_equal(reports[0].stats.load[:2], 0)  # the last two are preferred
     rank, (question, ids) = make_rank_fn(model), (batch(), np.zeros((16, 1), np.int32))
     question = question._replace(target_positions=np.arange(16), target_ids=np.ones(16, np.int32))
-    ranks = [
-        rank(s.eval_params, question, ids) for s in (state, state._replace(expert_bias=chosen))
-    ]
+    ranks = [rank(params, question, ids) for params in (state.params, preferred)]
     assert (np.asarray(ranks[0]) != np.asarray(ranks[1])).any()
 
 
 def test_a_step_that_is_not_finite_leaves_the_bias():
     state, step = parts(sasrec())
     names = parameter_names(state.params)
-    flat, tree = jax.tree.flatten(state.params)
-    number = names.index("blocks.1.moe.experts.w_up")
-    flat[number] = flat[number] * jnp.nan
-    new, metrics = step(state._replace(params=jax.tree.unflatten(tree, flat)), batch())
-    assert metrics.nonfinite >= 0
-    assert not any(np.asarray(bias).any() for bias in jax.tree.leaves(new.expert_bias))
+    assert not any("expert_bias" in name for name in names)
+    poisoned = state.params["blocks"][1]["moe"]["experts"]["w_up"]
+    poisoned[...] = poisoned[...] * jnp.nan
+    new, metrics = step(state, batch())
+    assert 0 <= metrics.nonfinite <= names.index("blocks.1.moe.experts.w_up")
+    assert not any(bias.any() for bias in biases(new.params))
 
 
 CONFIG = TrainConfig(token_budget=64, max_sequences=16, num_epochs=4, ema_decay=0.9, patience=9)
@@ -150,7 +153,7 @@ def test_a_resumed_run_ends_with_the_same_bits_and_one_log(tmp_path):
     unbroken = run(tmp_path / "one", 4)
     run(tmp_path / "two", 2)
     resumed = run(tmp_path / "two", 4)
-    assert jax.tree.leaves(unbroken.state.expert_bias)
+    assert len(biases(unbroken.state.params)) == 2
     for a, b in zip(jax.tree.leaves(unbroken.state), jax.tree.leaves(resumed.state), strict=True):
         np.testing.assert_array_equal(a, b)
     lines = read_log(tmp_path / "one", "train")
@@ -163,26 +166,6 @@ def test_a_resumed_run_ends_with_the_same_bits_and_one_log(tmp_path):
             assert all(np.isfinite(line[f"router/{number}/{name}"]) for line in lines)
     last = read_log(tmp_path / "two", "train")[-1]
     assert last["router/1/load"] == lines[-1]["router/1/load"]
-
-
-def test_checkpoints_from_before_there_were_experts_are_read(tmp_path):
-    class OldState(NamedTuple):
-        step: Any
-        params: Any
-        opt_state: Any
-        ema_params: Any
-        key: Any
-
-    state, step = parts(sasrec(None))
-    state, _ = step(state, batch())
-    saved = {"model": {"width": 8}}
-    with CheckpointStore(tmp_path) as store:
-        store.save(1, OldState(*state[:5]), iterator_state={}, config=saved)
-        now = {"model": {"width": 8, "moe": None}}
-        restored = store.restore(parts(sasrec(None))[0], config=now).state
-    assert restored.expert_bias is None
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_an_option_that_came_later_differs_only_when_used():
@@ -210,8 +193,7 @@ def test_dense_models_draw_what_they_drew():
     """Dense blocks have no router, no bias, and the parameters of before."""
     for model in (sasrec(None), hstu(None)):
         state, step = parts(model)
-        assert state.expert_bias is None
-        assert state.eval_params is state.ema_params
+        assert biases(state.params) == []
         assert not any("moe" in name for name in parameter_names(state.params))
         assert step(state, batch())[1].routers == ()
         assert model.moe_layers() == []
@@ -222,7 +204,7 @@ def test_towers_with_experts_train_beside_an_overarch():
     state, step = parts(TwoStage(sasrec(), overarch), LossConfig(overarch=OverArchLoss()))
     state, metrics = step(state, batch())
     assert len(metrics.routers) == 2
-    assert all(np.asarray(bias).any() for bias in jax.tree.leaves(state.expert_bias))
+    assert all(bias.any() for bias in biases(state.params))
     plain = TwoStage(sasrec(None), overarch)
     assert encode_with_reports(plain, batch())[1] == ()
 
