@@ -21,7 +21,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class Case:
 
     name: str
     workload: MoeWorkload
-    activation: str = "swiglu"
+    activation: Literal["swiglu", "silu"] = "swiglu"
 
     def flops(self, pass_name: str) -> int:
         """Multiply-adds count two: 6KDH a token forward with a gate, 4KDH without; thrice both."""
@@ -104,8 +104,7 @@ def ours(case: Case, save: Any) -> Callable[..., jax.Array]:
 
     def run(x, ids, gates, w_gate, w_up, w_down):
         weights = (w_gate, w_up, w_down)
-        activation: Any = case.activation
-        return moe_ffn(x, ids, gates, *weights, activation=activation, save=save)
+        return moe_ffn(x, ids, gates, *weights, activation=case.activation, save=save)
 
     return run
 
@@ -195,7 +194,7 @@ def saved_bytes(run: Callable[..., jax.Array], arrays: tuple[Any, ...]) -> int:
     """What `jax.vjp` keeps, weights excepted."""
     weights = {leaf.shape for leaf in arrays[3:] if leaf is not None}
     kept = jax.make_jaxpr(lambda *a: jax.tree.leaves(_pulled(run, *a)[1]))(*arrays).jaxpr.outvars
-    avals = {id(value): value.aval for value in kept}.values()
+    avals: list[Any] = list({id(value): value.aval for value in kept}.values())
     return sum(a.size * a.dtype.itemsize for a in avals if a.shape not in weights)
 
 

@@ -314,7 +314,8 @@ def make_step(
 
 def _split_bias(params: PyTree) -> tuple[PyTree, PyTree]:
     """(weights, bias of the routers): the latter without leaves for a model that has none."""
-    return nnx.split_state(params, nnx.Param, ExpertBias)
+    weights, bias = nnx.split_state(params, nnx.Param, ExpertBias)
+    return weights, bias
 
 
 def _with_bias(weights: PyTree, bias: PyTree) -> PyTree:

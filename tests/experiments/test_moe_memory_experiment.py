@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 
@@ -45,9 +46,7 @@ def test_chunks_flatten_the_peak_and_more_fits():
 
 def test_the_tables_are_printed_and_recorded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["moe_memory", "--record", "--scratch", "--gpu", "H200"])
-    monkeypatch.setattr(
-        record.write, "__kwdefaults__", record.write.__kwdefaults__ | {"folder": tmp_path}
-    )
+    monkeypatch.setattr("experiments.record.write", partial(record.write, folder=tmp_path))
     moe_memory.main()
     shown = capsys.readouterr().out
     assert "MegaBlocks" in shown
