@@ -33,6 +33,7 @@ bench: .setup
 gpu:  ## with a GPU and the machine's own Python packages: tests, then benchmarks
 	python3 -m pytest tests/pallas_kernels -m gpu -o addopts="-ra" -p no:cacheprovider
 	python3 -m experiments.bench_bloom && python3 -m experiments.bench_ivf
+	python3 -m experiments.bench_moe
 
 .setup: $(UV_HOME)/ready
 	@$(UV) sync --quiet

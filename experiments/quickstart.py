@@ -172,7 +172,7 @@ def serve_stage(config: Quickstart) -> None:
     )
     retriever = load_retriever(
         config.run_folder / "published",
-        build_model=lambda saved: SASRec(SASRecConfig(**saved), rngs=nnx.Rngs(0)),
+        build_model=lambda saved: SASRec(SASRecConfig.from_dict(saved), rngs=nnx.Rngs(0)),
     )
     index = item_index(retriever)
     print(

@@ -26,7 +26,10 @@ figcaption { color: #55606e; font-size: .9rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
 code { background: #f2f4f7; padding: .1rem .35rem; border-radius: .25rem; font-size: .9em; }
 """
-COLOURS = ["#2563a8", "#d9822b", "#3a9a6b", "#8a5bb0", "#b8434e"]
+COLOURS = [
+    *("#2563a8", "#d9822b", "#3a9a6b", "#8a5bb0"),
+    *("#b8434e", "#5aa9c9", "#c9a227", "#7a7f87"),
+]
 
 
 def plot(
@@ -57,34 +60,54 @@ def plot(
 
 
 def bars(
-    groups: Sequence[str], series: Mapping[str, Sequence[float]], *, y: str, digits: int = 3
+    groups: Sequence[str], series: Mapping[str, Sequence[float]], *, y: str, digits: int | None = 3
 ) -> bytes:
-    """A grouped bar plot as PNG bytes, every bar with its value."""
+    """A grouped bar plot as PNG bytes, every bar with its value; without, for many groups."""
     figure, axes = _axes("", y)
     width = 0.8 / len(series)
     for number, (name, values) in enumerate(series.items()):
         at = [g + (number - (len(series) - 1) / 2) * width for g in range(len(groups))]
         drawn = axes.bar(at, values, width * 0.92, color=COLOURS[number], label=name)
-        axes.bar_label(drawn, fmt=f"%.{digits}f", fontsize=8, padding=2)
-    axes.set_xticks(range(len(groups)), groups)
+        if digits is not None:
+            axes.bar_label(drawn, fmt=f"%.{digits}f", fontsize=8, padding=2)
+    many = digits is None and len(groups) > 5
+    axes.set_xticks(range(len(groups)), groups, rotation=90 if many else 0)
+    figure.set_figwidth(max(6.2, 0.7 * len(groups)) if many else 6.2)
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.15)
     axes.legend(frameon=False)
     return _png(figure)
 
 
-def _axes(x: str, y: str) -> tuple[Any, Any]:
+def stacked(
+    panels: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]], *, x: str, y: str
+) -> bytes:
+    """Stacked areas as PNG bytes, a panel each: (xs, at each x the heights of all areas)."""
+    figure, axes = _axes(x, y, panels=len(panels))
+    for panel, (title, (xs, rows)) in zip(axes, panels.items(), strict=True):
+        layers = list(zip(*rows, strict=True))
+        panel.stackplot(xs, layers, colors=COLOURS, edgecolor="white", lw=0.6)
+        panel.set(title=title, xlim=(min(xs), max(xs)), ylim=(0, max(map(sum, rows))))
+        panel.grid(visible=False)
+    return _png(figure)
+
+
+def _axes(x: str, y: str, panels: int = 0) -> tuple[Any, Any]:
+    """A figure with one pair of axes, or with a list of so many panels side by side."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.2, 3.6), layout="constrained")
-    axes.set(xlabel=x, ylabel=y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e3e7ec", lw=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
+    figure, grid = plt.subplots(
+        1, panels or 1, figsize=(6.2, 3.6), layout="constrained", squeeze=False, sharey=True
+    )
+    for number, axes in enumerate(grid[0]):
+        axes.set(xlabel=x, ylabel="" if number else y)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e3e7ec", lw=0.8)
+        axes.set_axisbelow(True)
+    return figure, list(grid[0]) if panels else grid[0, 0]
 
 
 def _png(figure: Any) -> bytes:

@@ -22,8 +22,17 @@ from experiments.settings import find, names
 from experiments.settings.base import Setting, build_model, load_split
 from jaxrec.data import Dataset, Split, item_counts
 from jaxrec.ops.metrics import ranking_metrics
-from jaxrec.train import evaluate_ranking, make_rank_fn, popularity_ranks, run_config, train
+from jaxrec.train import (
+    evaluate_ranking,
+    make_rank_fn,
+    popularity_ranks,
+    read_log,
+    run_config,
+    train,
+)
 
+ROUTER_FIGURES = ("load", "max_over_mean", "entropy", "dead_experts")
+ROUTER_POINTS = 100  # of each recorded series, each the mean of as many log lines
 METRICS = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 
 
@@ -93,6 +102,43 @@ def measurements(runs: list[dict[str, float]], setting: str) -> list[dict[str, A
     return rows
 
 
+def router_series(folder: Path, setting: str, seed: int) -> list[dict[str, Any]]:
+    """How evenly each router used its experts over the steps of a run; nothing without experts."""
+    lines = read_log(folder, "train")
+    names = [name for name in lines[-1] if name.split("/")[-1] in ROUTER_FIGURES] if lines else []
+    parts = np.array_split(np.arange(len(lines)), min(ROUTER_POINTS, len(lines) or 1))
+    series = []
+    for name in names:
+        values = [np.mean([lines[i][name] for i in part], axis=0) for part in parts]
+        series.append(
+            {
+                "metric": name,
+                "unit": "nats" if name.endswith("entropy") else "1",
+                "workload": setting,
+                "seed": seed,
+                "steps": [lines[part[-1]]["step"] for part in parts],
+                "samples": np.round(values, 5).tolist(),
+            }
+        )
+    return series
+
+
+def plot_routers(path: Path, series: list[dict[str, Any]]) -> None:
+    """Draws the first seed's series beside the result: shares of the load, and the largest one."""
+    shares, largest = {}, {}
+    for row in series:
+        _, number, figure = row["metric"].split("/")
+        drawn = {"load": shares, "max_over_mean": largest}.get(figure)
+        if drawn is not None and row["seed"] == series[0]["seed"]:
+            drawn[f"block {number}"] = (row["steps"], row["samples"])
+    path.with_suffix(".load.png").write_bytes(
+        report.stacked(shares, x="step", y="share of the load, by expert")
+    )
+    path.with_suffix(".balance.png").write_bytes(
+        report.plot(largest, x="step", y="largest load / mean", lines={"even": 1.0}, bottom=0.0)
+    )
+
+
 def show(config: TrainSequence, setting: Setting, runs: list[dict[str, float]]) -> None:
     """Ours beside what others published."""
     rows = [
@@ -118,16 +164,17 @@ def main(config: TrainSequence) -> None:
     dataset, split = load_split(config.data or setting.data, min_count=setting.min_count)
     print(f"{config.setting}: {len(split.train):,} users, {split.train.num_items:,} items")
     started = time.monotonic()
-    runs = [
-        run_seed(setting, dataset, split, config.folder / config.setting / f"seed-{seed}", seed)
-        for seed in config.seeds
-    ]
+    folders = {seed: config.folder / config.setting / f"seed-{seed}" for seed in config.seeds}
+    runs = [run_seed(setting, dataset, split, folders[seed], seed) for seed in config.seeds]
+    moe = setting.model.moe
+    routed = config.seeds if moe is not None and moe.num_experts > 1 else ()
+    routers = [row for seed in routed for row in router_series(folders[seed], config.setting, seed)]
     popular = ranking_metrics(popularity_ranks(item_counts(split.train), split.test))
     model = build_model(setting, dataset, split, seed=0)
     path = record.write(
         "train_sequence",
         config={"setting": config.setting, **run_config(model, setting.train)},
-        measurements=measurements(runs, config.setting),
+        measurements=measurements(runs, config.setting) + routers,
         checks={"popularity hr@10": popular["hr@10"], "popularity ndcg@10": popular["ndcg@10"]},
         seeds=config.seeds,
         data=record.describe_data((config.data or setting.data).name, *dataset.files),
@@ -136,6 +183,8 @@ def main(config: TrainSequence) -> None:
         scratch=config.scratch,
         folder=config.results,
     )
+    if routers:
+        plot_routers(path, routers)
     show(config, setting, runs)
     print(f"recorded in {path}")
 

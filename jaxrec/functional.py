@@ -28,12 +28,12 @@ def split_params[M: nnx.Module](model: M) -> tuple[Callable[[PyTree], M], PyTree
     """(rebuild, params): `rebuild(params)` is a module like `model` that holds `params`.
 
     The parameters are those of the model, not copies. What is no `nnx.Param` is kept as it is
-    now inside `rebuild`.
+    now inside `rebuild`, unless what it is given holds that too.
     """
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def rebuild(params: PyTree) -> M:
-        return nnx.merge(graphdef, params, rest)
+        return nnx.merge(graphdef, nnx.merge_state(rest, params))
 
     return rebuild, params
 

@@ -8,7 +8,7 @@ from pallas_kernels.hstu_attention import hstu_attention
 from pallas_kernels.ivf import MAX_K as IVF_MAX_K
 from pallas_kernels.ivf import TILE_ROWS as IVF_TILE_ROWS
 from pallas_kernels.ivf import IvfTopK, ivf_search, probed_tiles_bound, quantise, rescore
-from pallas_kernels.moe import Dispatch, moe_dispatch, moe_ffn
+from pallas_kernels.moe import Dispatch, MoeMemory, MoeShape, moe_dispatch, moe_ffn, moe_memory
 from pallas_kernels.moe import saved_bytes as moe_saved_bytes
 from pallas_kernels.softmax_attention import softmax_attention
 
@@ -22,6 +22,8 @@ __all__ = [
     "BloomOp",
     "Dispatch",
     "IvfTopK",
+    "MoeMemory",
+    "MoeShape",
     "bloom_build",
     "bloom_row_hashes",
     "bloom_search",
@@ -31,6 +33,7 @@ __all__ = [
     "mix64",
     "moe_dispatch",
     "moe_ffn",
+    "moe_memory",
     "moe_saved_bytes",
     "probed_tiles_bound",
     "quantise",

@@ -16,7 +16,7 @@ def names() -> list[str]:
         loaded = importlib.import_module(f"{__name__}.{module.name}")
         makers = inspect.getmembers(loaded, inspect.isfunction)
         found += [
-            f"{module.name}-{name}"
+            f"{module.name}-{name.replace('_', '-')}"
             for name, maker in makers
             if maker.__module__ == loaded.__name__ and not name.startswith("_")
         ]
@@ -29,4 +29,4 @@ def find(name: str) -> Setting:
     if name not in known:
         raise ValueError(f"unknown setting {name!r}; known are {', '.join(known)}")
     dataset, model = name.split("-", 1)
-    return getattr(importlib.import_module(f"{__name__}.{dataset}"), model)()
+    return getattr(importlib.import_module(f"{__name__}.{dataset}"), model.replace("-", "_"))()

@@ -19,7 +19,7 @@ from jaxrec.data import (
     read_sequences,
 )
 from jaxrec.data.splits import SplitReport
-from jaxrec.nn import HSTU, HSTUConfig, SASRec, SASRecConfig
+from jaxrec.nn import HSTU, HSTUConfig, MoEConfig, SASRec, SASRecConfig
 from jaxrec.train import LossConfig, OptimizerConfig, TrainConfig
 
 
@@ -93,6 +93,24 @@ def filtered(data: Path, *published: Published, attributes: bool) -> Setting:
     """`sasrec` with a causal frequency filter beside attention, and the items' attributes."""
     model = SASRecConfig(num_items=1, max_len=50, width=64, dropout=0.5, filter_share=0.7)
     return Setting(data, model, SMALL_CATALOGUE, attributes=attributes, published=published)
+
+
+def with_experts(setting: Setting, *, num_experts: int, slots: int, hidden: int) -> Setting:
+    """The setting with experts for a feed-forward network, balanced by loss and by bias.
+
+    A token's multiply-adds, but for the router's, depend on slots · hidden alone.
+    """
+    balanced = num_experts > slots
+    moe = MoEConfig(
+        setting.model.width,
+        num_experts,
+        hidden,
+        slots,
+        balance_weight=0.01 if balanced else 0.0,
+        z_weight=0.001 if balanced else 0.0,
+        bias_rate=1e-3 if balanced else 0.0,
+    )
+    return replace(setting, model=replace(setting.model, moe=moe), published=())
 
 
 def load_split(folder: Path, *, min_count: int = 1) -> tuple[Dataset, Split]:

@@ -34,3 +34,23 @@ def filter() -> Setting:
 def best() -> Setting:
     """See `base.filtered`; with the items' attributes."""
     return base.filtered(DATA, *LEADERS, attributes=True)
+
+
+def moe() -> Setting:
+    """`sasrec` with 8 experts for a feed-forward network, of which a token uses 2."""
+    return base.with_experts(sasrec(), num_experts=8, slots=2, hidden=96)
+
+
+def moe_dense() -> Setting:
+    """`moe` with one expert as wide as two: dense, with the same multiply-adds a token."""
+    return base.with_experts(sasrec(), num_experts=1, slots=1, hidden=192)
+
+
+def hstu_moe() -> Setting:
+    """`hstu` with the experts of `moe` behind its attention."""
+    return base.with_experts(hstu(), num_experts=8, slots=2, hidden=96)
+
+
+def hstu_moe_dense() -> Setting:
+    """`hstu` with the network of `moe_dense` behind its attention."""
+    return base.with_experts(hstu(), num_experts=1, slots=1, hidden=192)

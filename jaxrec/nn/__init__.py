@@ -5,10 +5,13 @@ from jaxrec.nn.hstu import HSTU as HSTU
 from jaxrec.nn.hstu import HSTUConfig as HSTUConfig
 from jaxrec.nn.mixture_of_logits import MixtureOfLogits as MixtureOfLogits
 from jaxrec.nn.mixture_of_logits import MixtureOfLogitsConfig as MixtureOfLogitsConfig
+from jaxrec.nn.moe import ExpertBias as ExpertBias
 from jaxrec.nn.moe import MoEConfig as MoEConfig
 from jaxrec.nn.moe import MoELayer as MoELayer
 from jaxrec.nn.moe import MoEReport as MoEReport
 from jaxrec.nn.moe import check_routers as check_routers
+from jaxrec.nn.moe import encode_with_reports as encode_with_reports
+from jaxrec.nn.moe import update_expert_bias as update_expert_bias
 from jaxrec.nn.moe_layouts import export_moe as export_moe
 from jaxrec.nn.moe_layouts import import_moe as import_moe
 from jaxrec.nn.overarch import AttentionOverArch as AttentionOverArch

@@ -1,7 +1,8 @@
 """HSTU: pointwise attention with gating, relative position and time biases."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 
 from jaxrec.nn.checks import check_at_least, check_choice, check_heads, check_share
 from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
+from jaxrec.nn.moe import MoEConfig, MoELayer, MoEReport, check_experts, config_from_dict
 from jaxrec.ops.jagged import JaggedBatch, positions
 from jaxrec.ops.layers import dropout, layer_norm, split_or_none
 from pallas_kernels import hstu_attention
@@ -28,10 +30,13 @@ class HSTUConfig:
         width / num_heads.
       time_buckets: 0 leaves the time bias out (for data without timestamps).
       absolute_positions: learned embeddings of the position, added to the items'.
+      moe: experts behind every block's attention, of the model's width; None, as in the paper, for
+        no feed-forward network.
 
     Raises:
       ValueError: a size below 1, dropout outside 0 … 1, a width that the heads do not divide
-        although qk_width or v_width follow from it, an unknown compute_dtype.
+        although qk_width or v_width follow from it, an unknown compute_dtype, experts of another
+        width.
     """
 
     num_items: int
@@ -47,8 +52,15 @@ class HSTUConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     num_attributes: int = 0
     attribute_slots: int = 0
+    moe: MoEConfig | None = None
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "HSTUConfig":
+        """The configuration of stored fields, as `dataclasses.asdict` gives them."""
+        return config_from_dict(cls, fields)
 
     def __post_init__(self):
+        check_experts(self)
         check_at_least(
             self, num_items=1, max_len=1, width=1, num_blocks=1, num_heads=1, time_buckets=0
         )
@@ -66,7 +78,10 @@ def _learned(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
 
 
 class HSTUBlock(nnx.Module):
-    """x + f₂(norm(attention(q, k, v)) ⊙ u), where u, v, q, k = silu(f₁(norm(x)))."""
+    """y = x + f₂(norm(attention(q, k, v)) ⊙ u), where u, v, q, k = silu(f₁(norm(x))).
+
+    With experts, y + experts(norm(y)).
+    """
 
     def __init__(self, config: HSTUConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -79,11 +94,16 @@ class HSTUBlock(nnx.Module):
         self.position_bias = _learned((heads, config.max_len), rngs)
         buckets = config.time_buckets
         self.time_bias = _learned((heads, buckets), rngs) if buckets else None
+        self.moe = None if config.moe is None else MoELayer(config.moe, rngs=rngs)
+        self.moe_norm = None if config.moe is None else LayerNorm(config.width)
 
     def __call__(
         self, x: Float[jax.Array, "T D"], batch: JaggedBatch, key: jax.Array | None
-    ) -> Float[jax.Array, "T D"]:
-        """The block's output for every token slot; dropout only where a key is given."""
+    ) -> tuple[Float[jax.Array, "T D"], MoEReport | None]:
+        """The block's output for every token slot, and its experts' report, if it has experts.
+
+        Dropout and the router's noise only where a key is given.
+        """
         heads, tokens = self.config.num_heads, x.shape[0]
         widths = [heads * self.v_width] * 2 + [heads * self.qk_width]
         ends = [sum(widths[: i + 1]) for i in range(3)]
@@ -99,7 +119,22 @@ class HSTUBlock(nnx.Module):
             time_bias=None if self.time_bias is None else self.time_bias[...],
         )
         gated = layer_norm(attended.reshape(tokens, -1)) * u
-        return x + self.out(dropout(gated, self.config.dropout, key))
+        return self._feed_forward(
+            x + self.out(dropout(gated, self.config.dropout, key)), batch, key
+        )
+
+    def _feed_forward(
+        self, x: jax.Array, batch: JaggedBatch, key: jax.Array | None
+    ) -> tuple[jax.Array, MoEReport | None]:
+        if self.moe is None or self.moe_norm is None:
+            return x, None
+        # Folded in, so that models without experts draw what they always drew.
+        noise_key, dropout_key = split_or_none(
+            None if key is None else jax.random.fold_in(key, 1), 2
+        )
+        offsets = jnp.asarray(batch.seq_offsets)
+        out, report = self.moe.on_sequences(self.moe_norm(x), offsets, key=noise_key)
+        return x + dropout(out, self.config.dropout, dropout_key), report
 
 
 class HSTU(nnx.Module):
@@ -137,15 +172,27 @@ class HSTU(nnx.Module):
         Slots behind the last sequence hold finite values without meaning. The dtype is the
         configuration's `compute_dtype`.
         """
+        return self.encode_with_reports(batch, key=key)[0]
+
+    def encode_with_reports(
+        self, batch: JaggedBatch, *, key: jax.Array | None = None
+    ) -> tuple[Float[jax.Array, "T D"], tuple[MoEReport, ...]]:
+        """`encode`, and the report of every block's experts, if it has some."""
         keys = split_or_none(key, len(self.blocks) + 1)
         x = self.items(jnp.asarray(batch.item_ids)) * self.config.width**0.5
         if self.positions is not None:
             position = positions(batch.seq_offsets, batch.item_ids.shape[0])
             x = x + self.positions[...][jnp.clip(position, 0, self.config.max_len - 1)]
         x = dropout(x.astype(self.config.compute_dtype), self.config.dropout, keys[0])
+        reports = []
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x = block(x, batch, block_key)
-        return self.norm(x)
+            x, report = block(x, batch, block_key)
+            reports.append(report)
+        return self.norm(x), tuple(report for report in reports if report is not None)
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The blocks' experts, in the order of their reports."""
+        return [block.moe for block in self.blocks if block.moe is not None]
 
     def item_embeddings(self) -> Float[jax.Array, "V D"]:
         """Rows that hidden states are scored against; row 0 is padding."""

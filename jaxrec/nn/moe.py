@@ -13,8 +13,9 @@ from jaxrec.nn.checks import check_at_least, check_choice
 from jaxrec.nn.layers import Linear
 from jaxrec.ops import routing as ops
 from jaxrec.ops.expert_parallel import Exchanged, ExpertParallel, split_ffn, split_route
+from jaxrec.ops.jagged import JaggedBatch, segment_ids, valid_tokens
 from jaxrec.ops.routing import RouterStats, Routing
-from pallas_kernels import moe_ffn
+from pallas_kernels import Backend, MoeMemory, MoeShape, moe_ffn, moe_memory
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,33 @@ class MoEConfig:
         """Arguments of `route`."""
         names = ("slots", "scoring", "normalise", "groups", "top_groups")
         return {name: getattr(self, name) for name in names}
+
+    def memory(
+        self, num_tokens: int, *, itemsize: int = 4, backend: Backend = "mosaic_gpu"
+    ) -> MoeMemory:
+        """Bytes that training the experts on so many tokens takes; see `MoeMemory`.
+
+        Router and shared expert are left out.
+
+        Args:
+          itemsize: bytes of an element of the tokens: 4 for f32, 2 for bf16; weights are f32.
+          backend: of `moe_ffn`.
+        """
+        shape = MoeShape(
+            num_tokens,
+            self.width,
+            self.hidden,
+            self.num_experts,
+            self.slots,
+            activation=self.activation,
+            save=self.save,
+            chunk_tokens=self.chunk_tokens,
+            itemsize=itemsize,
+            weight_itemsize=4,
+            biases=self.bias,
+            backend=backend,
+        )
+        return moe_memory(shape)
 
 
 class ExpertBias(nnx.Variable):
@@ -213,6 +241,23 @@ class MoELayer(nnx.Module):
         out = self._add_shared(out, shared, valid)
         return out, MoEReport(loss, ops.router_stats(routing, dropped + lost, logits=logits))
 
+    def on_sequences(
+        self,
+        x: Float[Array, "T D"],
+        seq_offsets: Int[Array, "B1"],
+        *,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "T D"], MoEReport]:
+        """The call for packed sequences: slots behind the last one are padding."""
+        tokens = x.shape[0]
+        return self(
+            x,
+            valid=valid_tokens(seq_offsets, tokens),
+            segment_ids=segment_ids(seq_offsets, tokens),
+            num_sequences=seq_offsets.shape[0] - 1,
+            key=key,
+        )
+
     def update_bias(self, load: Int[Array, "E"]) -> None:
         """Moves the router's bias against this load (of one step, or summed over devices)."""
         if self.expert_bias is not None:
@@ -276,3 +321,36 @@ def check_routers(reports: Mapping[str, MoEReport]) -> None:
                 "or its weights hold NaN or infinity: check the learning rate, the gradients' norm "
                 "and the batch, and resume from a checkpoint before this step"
             )
+
+
+def check_experts(config: Any) -> None:
+    """Raises ValueError unless `config.moe` is None or a `MoEConfig` of the model's width."""
+    name, moe = type(config).__name__, config.moe
+    if isinstance(moe, Mapping):
+        raise ValueError(f"{name}.moe is a mapping; read stored fields with {name}.from_dict")
+    if moe is not None and moe.width != config.width:
+        raise ValueError(
+            f"{name}: moe.width is {moe.width}, the model's {config.width}; expected the same"
+        )
+
+
+def config_from_dict[C](kind: type[C], fields: Mapping[str, Any]) -> C:
+    """The configuration of a model that `dataclasses.asdict` made `fields` of."""
+    moe = fields.get("moe")
+    return kind(**{**fields, "moe": None if moe is None else MoEConfig(**moe)})
+
+
+def encode_with_reports(
+    model: Any, batch: JaggedBatch, *, key: jax.Array | None = None
+) -> tuple[Float[Array, "T D"], tuple[MoEReport, ...]]:
+    """`model.encode`, and what its `moe_layers` report; nothing where a model has none."""
+    if hasattr(model, "encode_with_reports"):
+        return model.encode_with_reports(batch, key=key)
+    return model.encode(batch, key=key), ()
+
+
+def update_expert_bias(model: Any, reports: tuple[MoEReport, ...]) -> None:
+    """Moves the bias of each of the model's routers against the load that it reported."""
+    layers = model.moe_layers() if reports else []
+    for layer, report in zip(layers, reports, strict=True):
+        layer.update_bias(report.stats.load)

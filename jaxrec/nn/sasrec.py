@@ -1,7 +1,8 @@
 """SASRec: a causal Transformer over a user's items, with an optional causal frequency filter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 
 from jaxrec.nn.checks import check_at_least, check_choice, check_heads, check_share
 from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
+from jaxrec.nn.moe import MoEConfig, MoELayer, MoEReport, check_experts, config_from_dict
 from jaxrec.ops.jagged import JaggedBatch, positions, positions_from_end
 from jaxrec.ops.layers import causal_filter, dropout, split_or_none
 from pallas_kernels import softmax_attention
@@ -30,10 +32,12 @@ class SASRecConfig:
       filter_share: 0 is plain attention; otherwise the weight of the causal frequency filter
         beside attention, which keeps 1 - filter_share.
       filter_cutoff: frequencies that the filter's low-pass starts with, of max_len // 2 + 1.
+      moe: experts in place of every block's feed-forward network, of the same width (`ffn_factor`
+        then says nothing); None for the dense network.
 
     Raises:
       ValueError: a size below 1, a share outside 0 … 1 (dropout: below 1), a width that the heads
-        do not divide, an unknown choice.
+        do not divide, an unknown choice, experts of another width.
     """
 
     num_items: int
@@ -49,8 +53,15 @@ class SASRecConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     num_attributes: int = 0
     attribute_slots: int = 0
+    moe: MoEConfig | None = None
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "SASRecConfig":
+        """The configuration of stored fields, as `dataclasses.asdict` gives them."""
+        return config_from_dict(cls, fields)
 
     def __post_init__(self):
+        check_experts(self)
         check_at_least(
             self, num_items=1, max_len=1, width=1, num_blocks=1, num_heads=1, ffn_factor=1
         )
@@ -118,14 +129,19 @@ class Block(nnx.Module):
         self.filter = FrequencyFilter(config, rngs=rngs) if config.filter_share > 0 else None
         self.attention_norm = LayerNorm(config.width)
         self.filter_norm = LayerNorm(config.width) if config.filter_share > 0 else None
-        self.up = Linear(config.width, config.ffn_factor * config.width, rngs=rngs)
-        self.down = Linear(config.ffn_factor * config.width, config.width, rngs=rngs)
+        width, hidden, dense = config.width, config.ffn_factor * config.width, config.moe is None
+        self.up = Linear(width, hidden, rngs=rngs) if dense else None
+        self.down = Linear(hidden, width, rngs=rngs) if dense else None
+        self.moe = None if config.moe is None else MoELayer(config.moe, rngs=rngs)
         self.ffn_norm = LayerNorm(config.width)
 
     def __call__(
         self, x: Float[jax.Array, "T D"], seq_offsets: jax.Array, key: jax.Array | None
-    ) -> Float[jax.Array, "T D"]:
-        """The block's output for every token slot; dropout only where a key is given."""
+    ) -> tuple[Float[jax.Array, "T D"], MoEReport | None]:
+        """The block's output for every token slot, and its experts' report, if it has experts.
+
+        Dropout and the router's noise only where a key is given.
+        """
         rate, share = self.config.dropout, self.config.filter_share
         keys = split_or_none(key, 3)
         attended = dropout(self.attention(x, seq_offsets), rate, keys[0])
@@ -133,8 +149,17 @@ class Block(nnx.Module):
         if self.filter is not None and self.filter_norm is not None:
             filtered = dropout(self.filter(x, seq_offsets), rate, keys[1])
             mixed = (1 - share) * mixed + share * self.filter_norm(x + filtered)
-        hidden = self.down(jax.nn.gelu(self.up(mixed)))
-        return self.ffn_norm(mixed + dropout(hidden, rate, keys[2]))
+        hidden, report = self._feed_forward(mixed, seq_offsets, key)
+        return self.ffn_norm(mixed + dropout(hidden, rate, keys[2])), report
+
+    def _feed_forward(
+        self, x: jax.Array, seq_offsets: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, MoEReport | None]:
+        if self.up is not None and self.down is not None:
+            return self.down(jax.nn.gelu(self.up(x))), None
+        assert self.moe is not None
+        noise_key = None if key is None else jax.random.fold_in(key, 3)
+        return self.moe.on_sequences(x, seq_offsets, key=noise_key)
 
 
 class SASRec(nnx.Module):
@@ -174,6 +199,12 @@ class SASRec(nnx.Module):
         Slots behind the last sequence hold finite values without meaning. The dtype is the
         configuration's `compute_dtype`.
         """
+        return self.encode_with_reports(batch, key=key)[0]
+
+    def encode_with_reports(
+        self, batch: JaggedBatch, *, key: jax.Array | None = None
+    ) -> tuple[Float[jax.Array, "T D"], tuple[MoEReport, ...]]:
+        """`encode`, and the report of every block's experts, if it has some."""
         dtype = jnp.dtype(self.config.compute_dtype)
         keys = split_or_none(key, len(self.blocks) + 1)
         item_ids, offsets = jnp.asarray(batch.item_ids), jnp.asarray(batch.seq_offsets)
@@ -181,9 +212,15 @@ class SASRec(nnx.Module):
         position = jnp.clip(place(offsets, item_ids.shape[0]), 0, self.config.max_len - 1)
         x = self.items(item_ids) + self.positions[...][position]
         x = dropout(self.norm(x.astype(dtype)), self.config.dropout, keys[0])
+        reports = []
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x = block(x, offsets, block_key)
-        return x
+            x, report = block(x, offsets, block_key)
+            reports.append(report)
+        return x, tuple(report for report in reports if report is not None)
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The blocks' experts, in the order of their reports."""
+        return [block.moe for block in self.blocks if block.moe is not None]
 
     def item_embeddings(self) -> Float[jax.Array, "V D"]:
         """Rows that hidden states are scored against; row 0 is padding."""

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxrec.nn.checks import check_at_least
+from jaxrec.nn.moe import MoELayer, MoEReport, encode_with_reports
 from jaxrec.ops.jagged import JaggedBatch
 
 
@@ -113,6 +114,16 @@ class TwoStage(nnx.Module):
     def encode(self, batch: JaggedBatch, *, key: jax.Array | None = None) -> Float[Array, "T D"]:
         """The towers' hidden states."""
         return self.towers.encode(batch, key=key)
+
+    def encode_with_reports(
+        self, batch: JaggedBatch, *, key: jax.Array | None = None
+    ) -> tuple[Float[Array, "T D"], tuple[MoEReport, ...]]:
+        """`encode`, and the reports of the towers' experts."""
+        return encode_with_reports(self.towers, batch, key=key)
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The towers' experts, in the order of their reports."""
+        return self.towers.moe_layers()
 
     def item_embeddings(self) -> Float[Array, "V D"]:
         """The towers' item embeddings."""

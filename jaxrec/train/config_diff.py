@@ -23,7 +23,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def config_differences(
     saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: tuple[str, ...] = ()
 ) -> list[str]:
-    """One line for every field that differs, unless it or a parent is in `may_differ`."""
+    """One line for every field that differs, unless it or a parent is in `may_differ`.
+
+    A field that one side lacks and that is None on the other is the same: that is how an option
+    reads that came later.
+    """
     old, new = flatten(saved), flatten(now)
 
     def free(path: str) -> bool:
@@ -31,7 +35,7 @@ def config_differences(
 
     lines = []
     for path in sorted(old.keys() | new.keys()):
-        if free(path) or (path in old and path in new and old[path] == new[path]):
+        if free(path) or old.get(path) == new.get(path):
             continue
         before = repr(old[path]) if path in old else "absent"
         after = repr(new[path]) if path in new else "absent"

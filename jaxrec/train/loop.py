@@ -170,7 +170,7 @@ class _Run:
         self.history: list[Evaluation] = []
         # Step metrics on their way from the device, then those waiting for the next log line.
         self.in_flight: list[tuple[int, StepMetrics]] = []
-        self.window: list[dict[str, float]] = []
+        self.window: list[dict[str, Any]] = []
         self.tokens, self.clock = 0, time.monotonic()
 
     def resume(self, state: TrainState, *, allowed: bool) -> TrainState:
@@ -250,6 +250,7 @@ class _Run:
                     "loss": float(metrics.loss),
                     "grad_norm": float(metrics.grad_norm),
                     "learning_rate": float(metrics.learning_rate),
+                    **router_figures(metrics),
                 }
             )
 
@@ -269,11 +270,11 @@ class _Run:
         """A log line with the means of the steps since the one before."""
         if not self.window:
             return
+        last = self.window[-1]
         figures = {
-            "loss": float(np.mean([step["loss"] for step in self.window])),
-            "grad_norm": float(np.mean([step["grad_norm"] for step in self.window])),
-            "learning_rate": self.window[-1]["learning_rate"],
+            name: np.mean([step[name] for step in self.window], axis=0).tolist() for name in last
         }
+        figures["learning_rate"] = last["learning_rate"]
         self.window = []
         self.log.write(self.step, "train", figures)
         rate = self.tokens / max(time.monotonic() - self.clock, 1e-9)
@@ -374,3 +375,25 @@ class _Run:
                 stacklevel=3,
             )
             return state
+
+
+def router_figures(metrics: StepMetrics) -> dict[str, float | list[float]]:
+    """Figures of a step's routers for the log, those of the n-th under `router/n/`.
+
+    `loss` is weighted as it enters the training loss; `load` each expert's share of the pairs,
+    `max_over_mean` the largest share over the mean; `entropy` of a token's probabilities, in nats;
+    `dead_experts` had no token; `dropped` pairs exceeded the capacity.
+    """
+    figures: dict[str, float | list[float]] = {}
+    for number, (loss, stats) in enumerate(metrics.routers):
+        load = np.asarray(stats.load, np.float64)
+        own = {
+            "loss": float(loss),
+            "load": (load / max(load.sum(), 1)).tolist(),
+            "max_over_mean": float(stats.max_over_mean),
+            "entropy": float(stats.entropy),
+            "dead_experts": float(stats.dead_experts),
+            "dropped": float(stats.dropped),
+        }
+        figures |= {f"router/{number}/{name}": value for name, value in own.items()}
+    return figures

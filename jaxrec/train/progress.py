@@ -127,7 +127,8 @@ class RunLog:
             warnings.warn(f"{self._file.name} lags behind: {error}", stacklevel=2)
         if self._board is not None:
             for name, value in figures.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+                if not isinstance(value, list):  # TensorBoard draws scalars alone
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Closes both logs."""

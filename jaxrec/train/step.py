@@ -12,7 +12,13 @@ from jaxtyping import Float, Int
 
 from jaxrec.data import PopularitySampler, UniformSampler
 from jaxrec.functional import copy_params, leaf_names, split_params
-from jaxrec.nn import overarch_of
+from jaxrec.nn import (
+    ExpertBias,
+    MoEReport,
+    encode_with_reports,
+    overarch_of,
+    update_expert_bias,
+)
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.ops.losses import (
     full_softmax_loss,
@@ -31,10 +37,13 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: updates done; i32 scalar.
-      params: f32 master weights (an `nnx.State` of `nnx.Param`).
+      params: f32 master weights (an `nnx.State` of `nnx.Param`); see below.
       opt_state: the optimizer's state.
       ema_params: exponential moving average of params, or None.
       key: key data from which each step folds its own.
+
+    Where routers are balanced by a bias, `params` holds it as well (`ExpertBias`): every step moves
+    it by their load; the optimizer does not see it, and `ema_params` has it as it is.
     """
 
     step: jax.Array
@@ -54,7 +63,8 @@ class StepMetrics(NamedTuple):
 
     `nonfinite` is the number (in `jax.tree.leaves` order) of the first parameter whose gradient
     or new value is not finite, or the number of parameters if only the loss is not; -1 if all is
-    well. Any other step leaves weights, their average and the optimizer as they were.
+    well. Any other step leaves weights, their average and the optimizer as they were. `routers` is
+    the report of each layer of experts; their losses are part of `loss`.
     """
 
     loss: jax.Array
@@ -63,6 +73,7 @@ class StepMetrics(NamedTuple):
     num_targets: jax.Array
     learning_rate: jax.Array
     nonfinite: jax.Array
+    routers: tuple[MoEReport, ...] = ()
 
 
 type TrainStep = Callable[[TrainState, JaggedBatch], tuple[TrainState, StepMetrics]]
@@ -201,11 +212,12 @@ def init_state(
 ) -> TrainState:
     """The state before the first step; weights are copied, so the model stays usable."""
     _check_decay(ema_decay)
-    params = copy_params(model)
+    weights = copy_params(model)
+    params = _with_bias(weights, jax.tree.map(jnp.copy, nnx.state(model, ExpertBias)))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(weights),
         ema_params=None if ema_decay is None else jax.tree.map(jnp.copy, params),
         key=jax.random.key_data(jax.random.key(seed, impl="rbg")),
     )
@@ -222,6 +234,9 @@ def make_step(
     overarch_sampler: Sampler | None = None,
 ) -> TrainStep:
     """Builds the jitted step of `model` (anything with `encode` and `item_embeddings`).
+
+    A model with `encode_with_reports` and `moe_layers` is trained with its routers' losses, and
+    their bias is moved.
 
     The state is donated: use the returned one. `ema_decay` must be that of `init_state`.
     `sampler` draws the negatives, `overarch_sampler` the over-arch's; None draws uniformly.
@@ -243,26 +258,42 @@ def make_step(
     )
     rebuild, _ = split_params(model)
 
-    def batch_loss(params: PyTree, batch: JaggedBatch, key: jax.Array) -> jax.Array:
-        module: Any = rebuild(params)
+    def batch_loss(
+        weights: PyTree, bias: PyTree, batch: JaggedBatch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[MoEReport, ...]]:
+        module: Any = rebuild(_with_bias(weights, bias))
         dropout_key, negatives_key = jax.random.split(key)
-        hidden = module.encode(batch, key=dropout_key)[batch.target_positions]
+        hidden, reports = encode_with_reports(module, batch, key=dropout_key)
+        hidden = hidden[batch.target_positions]
         table = module.item_embeddings().astype(hidden.dtype)
         target_ids = jnp.asarray(batch.target_ids)
         value = target_loss(loss, hidden, table, target_ids, negatives_key, drawn)
+        value = sum((report.loss for report in reports), value)
         if loss.overarch is None:
-            return value
+            return value, reports
         key = jax.random.fold_in(negatives_key, 1)
-        return value + overarch_loss(
+        value += overarch_loss(
             loss.overarch, module.overarch, hidden, table, target_ids, key, drawn_for_overarch
         )
+        return value, reports
+
+    def moved_bias(weights: PyTree, bias: PyTree, reports: tuple[MoEReport, ...]) -> PyTree:
+        if not jax.tree.leaves(bias):
+            return bias
+        own = jax.tree.map(lambda leaf: leaf, bias)  # the module writes into what it is given
+        module = rebuild(_with_bias(weights, own))
+        update_expert_bias(module, reports)
+        return nnx.state(module, ExpertBias)
 
     def step(state: TrainState, batch: JaggedBatch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="rbg"), state.step)
-        value, grads = jax.value_and_grad(batch_loss)(state.params, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        nonfinite = first_nonfinite(value, grads, params)
+        weights, bias = _split_bias(state.params)
+        gradient = jax.value_and_grad(batch_loss, has_aux=True)
+        (value, reports), grads = gradient(weights, bias, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, weights)
+        updated = optax.apply_updates(weights, updates)
+        nonfinite = first_nonfinite(value, grads, updated)
+        params = _with_bias(updated, moved_bias(weights, bias, reports))
         new = TrainState(
             state.step, params, opt_state, _average(state, params, ema_decay), state.key
         )
@@ -274,10 +305,21 @@ def make_step(
             num_targets=(batch.target_ids != PADDING_ID).sum(),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             nonfinite=nonfinite,
+            routers=reports,
         )
         return new._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _split_bias(params: PyTree) -> tuple[PyTree, PyTree]:
+    """(weights, bias of the routers): the latter without leaves for a model that has none."""
+    weights, bias = nnx.split_state(params, nnx.Param, ExpertBias)
+    return weights, bias
+
+
+def _with_bias(weights: PyTree, bias: PyTree) -> PyTree:
+    return nnx.merge_state(weights, bias) if jax.tree.leaves(bias) else weights
 
 
 def _check_decay(decay: float | None) -> None:
@@ -292,7 +334,10 @@ def _average(state: TrainState, params: PyTree, decay: float | None) -> PyTree:
         return None
     # An average that starts from the first weights would carry them for 1 / (1 - decay) steps.
     warm = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-    return jax.tree.map(lambda e, p: warm * e + (1 - warm) * p, state.ema_params, params)
+    weights, bias = _split_bias(params)
+    averaged, _ = _split_bias(state.ema_params)
+    averaged = jax.tree.map(lambda e, p: warm * e + (1 - warm) * p, averaged, weights)
+    return _with_bias(averaged, bias)
 
 
 def first_nonfinite(loss: jax.Array, grads: PyTree, params: PyTree) -> Int[jax.Array, ""]:
@@ -304,5 +349,5 @@ def first_nonfinite(loss: jax.Array, grads: PyTree, params: PyTree) -> Int[jax.A
 
 
 def parameter_names(params: PyTree) -> list[str]:
-    """Dotted name of every leaf, in the order that `StepMetrics.nonfinite` counts."""
-    return leaf_names(params)
+    """Dotted name of every weight, in the order that `StepMetrics.nonfinite` counts."""
+    return leaf_names(_split_bias(params)[0])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrec.nn import HSTU, HSTUConfig, SASRec, SASRecConfig
+from jaxrec.nn import HSTU, HSTUConfig, MoEConfig, SASRec, SASRecConfig
 from jaxrec.ops.jagged import JaggedBatch
 
 NUM_ITEMS, MAX_LEN = 12, 18  # blocks of 16 slots, so that sequences cross them
@@ -32,6 +32,11 @@ HSTUS = {
     )
     for buckets, absolute in product((0, 7), (True, False))
 }
+_EXPERTS = MoEConfig(width=8, num_experts=4, hidden=6)
+EXPERTS = {
+    "sasrec-experts": replace(_SASREC, moe=_EXPERTS),
+    "hstu-experts": replace(_HSTU, moe=_EXPERTS),
+}
 FEW = {
     name: (SASREC | HSTUS)[name]
     for name in (
@@ -40,7 +45,7 @@ FEW = {
         "hstu-time7-absoluteTrue",
         "hstu-time0-absoluteFalse",
     )
-}
+} | EXPERTS
 HALVES = {f"{name}-bf16": replace(FEW[name], compute_dtype="bfloat16") for name in FEW}
 EVERY = SASREC | HSTUS | HALVES
 
