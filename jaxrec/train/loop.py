@@ -259,6 +259,9 @@ class _Run:
         what = "the loss"
         if number < len(self.param_names):
             what = f"the gradient or the new value of {self.param_names[number]!r}"
+        broken = [n for n, (_, stats) in enumerate(metrics.routers) if stats.nonfinite]
+        if broken:
+            what = f"the logits of router {broken[0]} (from 0, in the model's order), so {what}"
         return (
             f"step {step}: {what} is not finite (loss {float(metrics.loss):g}, gradient norm "
             f"{float(metrics.grad_norm):g}). The step was not applied; the weights are saved in "
