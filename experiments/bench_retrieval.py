@@ -28,6 +28,7 @@ SELECTIVITIES = (0.001, 0.01, 0.1, 0.5, 1.0)
 KINDS = ("random", "near")
 GROUPS = 100  # of one per cent of the items each, for filters of each query's own
 OWN = "own filters"
+_REST_S = 0.02  # before each sample: threads of the library before spin for a while
 
 
 def main() -> None:
@@ -154,6 +155,7 @@ def _interleaved(variants: dict[str, Variant], repeats: int) -> dict[str, list[f
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, call in variants.items():
+            time.sleep(_REST_S)
             start = time.perf_counter()
             call()
             samples[name].append(time.perf_counter() - start)
