@@ -6,6 +6,8 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from jaxrec.retrieval import BloomIndex, F, FilterError, spread_tiles, unpack_mask
 from jaxrec.retrieval import terms as terms_module
@@ -190,31 +192,32 @@ def test_queries_share_filters():
 
 
 @pytest.mark.slow
-def test_ten_thousand_expressions_lose_nothing():
+@settings(max_examples=5, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(st.integers(0, 2**32 - 1))
+def test_ten_thousand_expressions_lose_nothing(seed):
     """Random catalogues and expressions, two thousand a plan; some items change in between."""
-    for seed in range(5):
-        rng = np.random.default_rng(100 + seed)
-        num_items = int(rng.integers(50, 400))
-        features = catalogue(rng, num_items)
-        index = BloomIndex.build(
-            features, max_fpr=float(rng.choice([0.3, 0.05, 1e-3])),
-            num_hashes=int(rng.integers(1, 6)), bundle_words=int(rng.choice([2, 8, 64])),
-        )  # fmt: skip
-        positions = rng.choice(num_items, 20, replace=False)
-        changes = catalogue(rng, 20)
-        for name, column in changes.items():
-            features[name] = np.array(features[name], object)
-            for position, entry in zip(positions, column, strict=True):
-                features[name][position] = entry
-        features = {name: list(column) for name, column in features.items()}
-        index = index.update(positions, changes)
-        trees = [random_tree(rng, rng.integers(0, 4)) for _ in range(2_000)]
-        plan = index.compile(trees)
-        want = np.stack([brute_force(tree, features) for tree in trees])
-        possibly = np.asarray(unpack_mask(index.search(plan), num_items))
-        assert not (want & ~possibly).any()
-        exact = unpack_mask(index.search(plan, exact=True), num_items)
-        np.testing.assert_array_equal(exact, want)
+    rng = np.random.default_rng(seed)
+    num_items = int(rng.integers(50, 400))
+    features = catalogue(rng, num_items)
+    index = BloomIndex.build(
+        features, max_fpr=float(rng.choice([0.3, 0.05, 1e-3])),
+        num_hashes=int(rng.integers(1, 6)), bundle_words=int(rng.choice([2, 8, 64])),
+    )  # fmt: skip
+    positions = rng.choice(num_items, 20, replace=False)
+    changes = catalogue(rng, 20)
+    for name, column in changes.items():
+        features[name] = np.array(features[name], object)
+        for position, entry in zip(positions, column, strict=True):
+            features[name][position] = entry
+    features = {name: list(column) for name, column in features.items()}
+    index = index.update(positions, changes)
+    trees = [random_tree(rng, rng.integers(0, 4)) for _ in range(2_000)]
+    plan = index.compile(trees)
+    want = np.stack([brute_force(tree, features) for tree in trees])
+    possibly = np.asarray(unpack_mask(index.search(plan), num_items))
+    assert not (want & ~possibly).any()
+    exact = unpack_mask(index.search(plan, exact=True), num_items)
+    np.testing.assert_array_equal(exact, want)
 
 
 def test_unknown_values_match_nothing_and_unknown_features_fail():
