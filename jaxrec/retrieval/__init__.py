@@ -9,7 +9,7 @@ from jaxrec.retrieval.filter_text import parse_filter
 from jaxrec.retrieval.filters import F, Filter, FilterError
 from jaxrec.retrieval.fresh import Drift, FreshFullError, LiveIndex
 from jaxrec.retrieval.item_index import Explanation, ItemIndex, Route
-from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult, tune_nprobe
+from jaxrec.retrieval.ivf_index import IVFIndex, SearchResult
 from jaxrec.retrieval.live_server import LiveServer
 from jaxrec.retrieval.masks import spread_tiles, unpack_mask
 from jaxrec.retrieval.merge import Candidates, Quota, merge_candidates
@@ -18,6 +18,7 @@ from jaxrec.retrieval.planner import CostModel, SearchPlan, Strategy
 from jaxrec.retrieval.quality import brute_force, recall
 from jaxrec.retrieval.search_index import SearchIndex
 from jaxrec.retrieval.sharded import ShardedIndex
+from jaxrec.retrieval.tuning import tune_nprobe
 
 try:
     from jaxrec.retrieval.publish import (

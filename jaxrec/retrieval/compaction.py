@@ -17,11 +17,10 @@ from jaxrec.retrieval.ivf_index import (
     lay_out,
     list_of_row,
     sample_vectors,
-    tune_nprobe,
 )
 from jaxrec.retrieval.kmeans import assign
 from jaxrec.retrieval.masks import unpack_bits
-from jaxrec.retrieval.planner import recall_curve
+from jaxrec.retrieval.tuning import tune
 from pallas_kernels import IVF_TILE_ROWS
 
 type _Array = jax.Array | np.ndarray
@@ -76,8 +75,7 @@ def merge_parts(
             vector_dtype=str(vectors.dtype),  # type: ignore[arg-type]
         )  # fmt: skip
         samples = sample_vectors(ivf, tune_key) if sample_queries is None else sample_queries
-        nprobe = tune_nprobe(ivf, samples, recall=recall)[0]
-        shares = recall_curve(ivf, samples, recall=recall)
+        nprobe, shares = tune(ivf, samples, recall=recall)
     else:
         ivf = lay_out(
             main.ivf.centroids, _lists(main, held[0], vectors), ids, vectors, main.ivf.metric

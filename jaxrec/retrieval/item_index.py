@@ -21,12 +21,12 @@ from jaxrec.retrieval.ivf_index import (
     rank_lists,
     sample_vectors,
     search_rows,
-    tune_nprobe,
     with_ids,
 )
 from jaxrec.retrieval.masks import chosen_rows
 from jaxrec.retrieval.plan import FilterPlan
-from jaxrec.retrieval.planner import CostModel, SearchPlan, Strategy, recall_curve, tuned_costs
+from jaxrec.retrieval.planner import CostModel, SearchPlan, Strategy, tuned_costs
+from jaxrec.retrieval.tuning import tune
 from pallas_kernels import IVF_MAX_K, IVF_TILE_ROWS
 
 type _Array = jax.Array | np.ndarray
@@ -85,7 +85,7 @@ class ItemIndex:
       columns: further values of each row by name, as of `gather`; arrays [R, ...].
       nprobe: lists that hold the wanted recall of the best 100 without a filter.
       shares: the recall curve, by which a search decides how many lists it scans under a filter;
-        see `recall_curve`.
+        see `tuning.tune`.
     """
 
     ivf: IVFIndex
@@ -150,8 +150,7 @@ class ItemIndex:
         bloom = BloomIndex.build(features, max_fpr=max_fpr, order=order)
         if sample_queries is None:
             sample_queries = sample_vectors(ivf, tune_key)
-        nprobe, _ = tune_nprobe(ivf, sample_queries, recall=recall)
-        shares = recall_curve(ivf, sample_queries, recall=recall)
+        nprobe, shares = tune(ivf, sample_queries, recall=recall)
         return cls(ivf, bloom, _in_rows(columns or {}, order), nprobe, shares)
 
     @property

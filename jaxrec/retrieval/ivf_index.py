@@ -280,29 +280,6 @@ class IVFIndex:
         )
 
 
-def tune_nprobe(
-    index: IVFIndex,
-    queries: Float[_Array, "S D"],
-    *,
-    recall: float = 0.95,
-    k: int = 100,
-) -> tuple[int, float]:
-    """The fewest lists that hold `recall` of the queries' true top k, and what they hold.
-
-    Each query's true top k comes from a scan of all rows, and the ranks of the lists they lie in
-    tell the recall of every nprobe at once. Host only.
-    """
-    queries = jnp.asarray(queries, jnp.float32)
-    best = search_rows(
-        index, queries, None, k=min(k, index.num_items), nprobe=index.nlist, precision="float"
-    )
-    lists = list_of_row(index, np.asarray(best.rows))
-    ranks = np.argsort(np.asarray(rank_lists(index, queries)), axis=1)
-    needed = np.sort(np.take_along_axis(ranks, lists, axis=1).ravel())
-    nprobe = int(needed[int(np.ceil(recall * needed.size)) - 1]) + 1
-    return nprobe, float((needed < nprobe).mean())
-
-
 def sample_vectors(
     index: IVFIndex, key: Key[Array, ""], num_samples: int = 256
 ) -> Float32[Array, "S D"]:

@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
-from jaxrec.retrieval.ivf_index import IVFIndex, list_of_row, rank_lists, search_rows
-from pallas_kernels import IVF_MAX_K, IVF_TILE_ROWS
+from jaxrec.retrieval.ivf_index import IVFIndex, rank_lists
+from pallas_kernels import IVF_TILE_ROWS
 
 TUNED = Path(__file__).parent / "tuned"
 _TILE_WORDS = IVF_TILE_ROWS // 32
@@ -127,7 +127,7 @@ def make_plan(
 
 
 def needed_share(shares: tuple[tuple[float, float], ...], wanted) -> Float32[Array, "*shape"]:
-    """The share of rows to scan for the best `wanted` part of them; `shares` as of `recall_curve`.
+    """The share of rows to scan for the best `wanted` part of them; `shares` as of `tuning.tune`.
 
     Linear in the logarithm of `wanted` between the measured points.
     """
@@ -154,30 +154,3 @@ def eligible_by_list(ivf: IVFIndex, mask: UInt32[Array, "M words"]) -> Int32[Arr
     in_words = lax.population_count(mask).astype(jnp.int32)
     before = jnp.pad(jnp.cumsum(in_words, axis=1), ((0, 0), (1, 0)))
     return jnp.diff(before[:, jnp.asarray(ivf.tile_offsets) * _TILE_WORDS], axis=1)
-
-
-def recall_curve(
-    ivf: IVFIndex, queries: Float[Array | np.ndarray, "S D"], *, recall: float
-) -> tuple[tuple[float, float], ...]:
-    """(part of all items, share of the rows to scan to find `recall` of that best part), ascending.
-
-    A filter that passes e items asks for the best k/e of them. If these lie among the passing items
-    as the best k/e lie among all items, the same share finds the same recall. Measured for the best
-    100, 200, 400 … up to 6,400 of the items, aiming a fifth of the way above `recall`; all rows for
-    all items. Host only.
-
-    Cost: one exact scan for all queries.
-    """
-    queries = jnp.asarray(queries, jnp.float32)
-    most = min(6_400, ivf.num_items, IVF_MAX_K)
-    best = search_rows(ivf, queries, None, k=most, nprobe=ivf.nlist, precision="rescored")
-    order = np.asarray(rank_lists(ivf, queries))
-    sizes = np.bincount(list_of_row(ivf, np.flatnonzero(ivf.row_ids >= 0)), minlength=ivf.nlist)
-    scanned = np.empty(order.shape)
-    np.put_along_axis(scanned, order, np.cumsum(sizes[order], axis=1) / ivf.num_items, axis=1)
-    needed = np.take_along_axis(scanned, list_of_row(ivf, np.asarray(best.rows)), axis=1)
-    aim, points, count = recall + (1 - recall) / 5, {}, min(100, most)
-    while count <= most and count < ivf.num_items:
-        points[count / ivf.num_items] = float(np.quantile(needed[:, :count], min(aim, 1.0)))
-        count *= 2
-    return (*points.items(), (1.0, 1.0))
