@@ -33,7 +33,7 @@ def tune_nprobe(
 def tune(
     index: IVFIndex, queries: Float[_Array, "S D"], *, recall: float
 ) -> tuple[int, tuple[tuple[float, float], ...]]:
-    """(nprobe, recall curve) of an `ItemIndex`, from one scan; the former as `tune_nprobe` gives it.
+    """(nprobe, recall curve) of an `ItemIndex` from one scan; the former is that of `tune_nprobe`.
 
     The curve is (part of all items, share of the rows to scan to find `recall` of that best part),
     ascending. A filter that passes e items asks for the best k/e of them. If these lie among the
