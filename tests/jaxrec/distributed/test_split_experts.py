@@ -171,7 +171,8 @@ def test_named_twice_and_out_of_range():
             found = split_ffn(x, ids, gates, weights, parallel)
             return (found.out**2).sum(), found
 
-        return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(tokens(24), gates)
+        gradient = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+        return jax.jit(gradient)(tokens(24), gates)
 
     one, many = run(1), run(4)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):

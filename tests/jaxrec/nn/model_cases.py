@@ -35,7 +35,7 @@ HSTUS = {
 _EXPERTS = MoEConfig(width=8, num_experts=4, hidden=6)
 EXPERTS = {
     "sasrec-experts": replace(_SASREC, moe=_EXPERTS),
-    "hstu-experts": replace(_HSTU, moe=_EXPERTS),
+    "hstu-experts": replace(HSTUS["hstu-time7-absoluteTrue"], moe=_EXPERTS),
 }
 FEW = {
     name: (SASREC | HSTUS)[name]

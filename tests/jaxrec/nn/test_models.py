@@ -175,6 +175,12 @@ def leaves(config, seed):
     return nnx.to_pure_dict(nnx.state(build(config, seed)))
 
 
+def drawn_kernels(block):
+    names = [name for name in ("uvqk", "out", "up", "down") if name in block]
+    experts = [block["moe"]["router"]] if "moe" in block else []
+    return [part["kernel"] for part in [*(block[name] for name in names), *experts]]
+
+
 def test_a_seed_decides_the_parameters_and_blocks_differ(config):
     one, same, other = (leaves(config, seed) for seed in (0, 0, 1))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), one, same)))
@@ -182,6 +188,5 @@ def test_a_seed_decides_the_parameters_and_blocks_differ(config):
     blocks = one["blocks"]
     for first, second in zip(jax.tree.leaves(blocks[0]), jax.tree.leaves(blocks[1]), strict=True):
         assert first.shape == second.shape
-    kernels = ["uvqk", "out"] if "uvqk" in blocks[0] else ["up", "down"]
-    for name in kernels:
-        assert (blocks[0][name]["kernel"] != blocks[1][name]["kernel"]).any()
+    for first, second in zip(*map(drawn_kernels, (blocks[0], blocks[1])), strict=True):
+        assert (first != second).any()

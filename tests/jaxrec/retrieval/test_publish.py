@@ -108,8 +108,6 @@ def alter(file):
         ("tower/00000.npy", alter, "was altered"),
         ("index/00003.npy", truncate, r"has \d+ bytes of \d+"),
         ("index/00001.npy", Path.unlink, "is missing"),
-        ("metadata/metadata", alter, "was altered"),
-        ("vocabulary/metadata", truncate, r"has \d+ bytes of \d+"),
         ("files.json", truncate, "is damaged"),
         ("files.json", Path.unlink, "is missing: the version was never finished"),
     ],
@@ -161,7 +159,7 @@ def test_another_model_is_refused(folder):
 
     with pytest.raises(PublishError, match=r"table is float32\[301, 8\] there and .+16\] in"):
         load_retriever(folder, build_model=wider)
-    with pytest.raises(PublishError, match=r"2/tower: kernel is absent there"):
+    with pytest.raises(PublishError, match=r"2/tower: \w+ is absent there"):
         load_retriever(folder, build_model=lambda _: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
 
 

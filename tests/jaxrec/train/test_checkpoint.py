@@ -132,14 +132,16 @@ def test_asking_for_what_is_not_there(folder):
 
 
 def test_other_configuration_lists_the_dotted_fields(folder):
-    other = {"model": {"width": 16, "layers": [1, 2]}, "train": {"seed": 0, "new": None}}
+    train = {"seed": 0, "new": 5, "later": None}
+    other = {"model": {"width": 16, "layers": [1, 2]}, "train": train}
     with CheckpointStore(folder) as store:
         save(store, 1)
         with pytest.raises(ConfigMismatch) as caught:
             store.restore(make_state(), config=other)
         assert "model.width: saved 8, now 16" in str(caught.value)
-        assert "train.new: saved absent, now None" in str(caught.value)
+        assert "train.new: saved absent, now 5" in str(caught.value)
         assert "layers" not in str(caught.value)
+        assert "later" not in str(caught.value)
         restored = store.restore(make_state(), config=other, may_differ=("train", "model.width"))
         assert restored.config == CONFIG
 

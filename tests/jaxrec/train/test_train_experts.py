@@ -82,14 +82,14 @@ def test_balancing_losses_are_part_of_the_loss_with_their_weights(make):
 
     plain = first()
     assert [float(router.loss) for router in plain.routers] == [0, 0]
-    for weight in (0.5, 2.0):
-        metrics = first(balance_weight=weight)
-        losses = [float(router.loss) for router in metrics.routers]
-        # Random routers are nearly even, where the loss is its weight.
-        np.testing.assert_allclose(losses, weight, rtol=0.3)
-        np.testing.assert_allclose(metrics.loss - plain.loss, sum(losses), rtol=1e-4)
-    assert first(sequence_weight=1.0).loss > plain.loss + 1  # segments reach the routers
-    assert first(balance_weight=100.0).grad_norm > 2 * plain.grad_norm
+    metrics = first(balance_weight=0.5)
+    losses = [float(router.loss) for router in metrics.routers]
+    # Random routers are nearly even, where the loss is its weight.
+    np.testing.assert_allclose(losses, 0.5, rtol=0.3)
+    np.testing.assert_allclose(metrics.loss - plain.loss, sum(losses), rtol=1e-4)
+    heavy = first(sequence_weight=100.0)  # segments reach the routers
+    assert heavy.loss > plain.loss + 100
+    assert heavy.grad_norm > 2 * plain.grad_norm
 
 
 def test_a_balancing_loss_balances():
