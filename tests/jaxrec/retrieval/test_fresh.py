@@ -388,7 +388,7 @@ def test_ten_thousand_mixed_updates_equal_a_new_build(queries):
     items = random_items(rng, N)
     catalogue.upsert(range(N), *items)
     main = ItemIndex.build(items[0], items[1], key=jax.random.key(0), columns=items[2], nlist=8)
-    index, done, compactions = LiveIndex.build(main, capacity=12 * CAPACITY), 0, 0
+    index, done, compactions = LiveIndex.build(main, capacity=5 * CAPACITY), 0, 0
     while done < 10_000:
         size = int(rng.integers(1, 64))
         if index.drift().fill > 0.45:
