@@ -22,7 +22,7 @@ lint: .setup
 	$(RUN) pyright
 
 aot: $(UV_HOME)/ready  ## compile every kernel for an H200, without one
-	$(AOT) pytest -m aot
+	$(AOT) pytest -n 2 --dist worksteal -m aot
 	$(AOT) python -m pallas_kernels.aot
 
 bench: .setup
@@ -33,6 +33,7 @@ bench: .setup
 gpu:  ## with a GPU and the machine's own Python packages: tests, then benchmarks
 	python3 -m pytest tests/pallas_kernels -m gpu -o addopts="-ra" -p no:cacheprovider
 	python3 -m experiments.bench_bloom && python3 -m experiments.bench_ivf
+	python3 -m experiments.bench_codesign
 	python3 -m experiments.bench_moe
 
 .setup: $(UV_HOME)/ready

@@ -1,10 +1,11 @@
-"""Times Bloom searches: every backend of this device, beside a copy of the bytes they must move.
+"""Times Bloom searches: every backend of this device, beside a copy of the bytes and PyTorch peers.
 
-    python -m experiments.bench_bloom                       # an H200: about two minutes
+    python -m experiments.bench_bloom                       # an H200 with PyTorch: some minutes
     python -m experiments.bench_bloom --workloads tiny 1m_q64 --scratch
 
-Masks of all backends are compared first; a difference ends the run. One JSON file goes to
-experiments/results/bench_bloom/.
+Masks of all backends are compared first; a difference ends the run. The peers have one mask and
+complement it for NOT, which loses items; theirs are compared with ours combined in that way. One
+JSON file goes to experiments/results/bench_bloom/.
 """
 
 import argparse
@@ -13,14 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import record, report
+from experiments.torch_peers import SEED, BloomPeer, run_peers
 from pallas_kernels import BackendError
-from pallas_kernels._timing import copy_of, time_interleaved
+from pallas_kernels._timing import Timing, copy_of, time_interleaved
+from pallas_kernels.bloom import BloomOp
 from pallas_kernels.bloom.workloads import WORKLOADS, BloomWorkload
 
-SEED = 0
 BACKENDS = ("mosaic_gpu", "xla")
 COPY = "copy"
 
@@ -29,7 +32,7 @@ def main() -> None:
     """Runs the benchmark from the command line."""
     options = _options()
     measurements: list[dict[str, Any]] = []
-    floors, differing = {}, 0
+    floors, differing, answers = {}, 0, {}
     report.print_timing_head()
     for name in options.workloads:
         workload = WORKLOADS[name]
@@ -41,6 +44,8 @@ def main() -> None:
         floors[name] = workload.floor_bytes()
         variants[COPY] = copy_of(floors[name])
         timings = time_interleaved(variants, repeats=options.repeats)
+        peers, answers[name] = _peers(workload, arrays, options.repeats)
+        timings |= peers
         for variant, timing in timings.items():
             report.print_timing(name, variant, timing, floors[name], timings[COPY])
             measurements.append(record.time_measurement(name, variant, timing))
@@ -48,7 +53,7 @@ def main() -> None:
         "bench_bloom",
         config={"workloads": list(options.workloads), "floor_bytes": floors},
         measurements=measurements,
-        checks={"differing_words": differing},
+        checks={"differing_words": differing, "peers": answers},
         seeds=[SEED],
         scratch=options.scratch,
     )
@@ -93,6 +98,36 @@ def _differing_words(variants: dict[str, Callable[[], Any]]) -> int:
         for call in variants.values()
         for mask, want in zip(call(), wanted, strict=True)
     )
+
+
+def plain_masks(workload: BloomWorkload, arrays: list[jax.Array]) -> jax.Array:
+    """One mask, u32[Q, words], with NOT as a plain complement: false positives bar items."""
+    rows, offsets, opcodes, operands = arrays
+    barring = 5  # the step of the term behind NOT
+    program = jnp.full_like(opcodes, BloomOp.END).at[:, 0].set(BloomOp.TAIL)
+    barred = workload.run(
+        rows, offsets, program, operands.at[:, 0].set(operands[:, barring]), backend="xla"
+    )
+    return workload.run(*arrays, backend="xla").possibly & ~barred.possibly
+
+
+def _peers(
+    workload: BloomWorkload, arrays: list[jax.Array], repeats: int
+) -> tuple[dict[str, Timing], dict[str, Any]]:
+    if jax.default_backend() != "gpu":
+        return {}, {}
+    words = workload.num_items // 32  # whole ones; peers leave bits behind the last item alone
+    wanted = np.asarray(plain_masks(workload, arrays))[:, :words]
+
+    def check(masks: Any) -> dict[str, int]:
+        found = masks.cpu().numpy().view(np.uint32)[:, :words]
+        return {"differing_words": int(np.sum(found != wanted))}
+
+    makers = {
+        "torch": lambda: BloomPeer(workload, arrays).torch(),
+        "triton": lambda: BloomPeer(workload, arrays).triton(),
+    }
+    return run_peers(makers, check, repeats=repeats)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from jaxrec.retrieval.planner import (
     SearchPlan,
     Strategy,
     eligible_by_list,
+    is_small,
     make_plan,
     probe_counts,
 )
@@ -60,8 +61,11 @@ def search_eligible(
 
     Up to three rounds, the later ones only where a query lacks results though items may remain, and
     only for these queries' results: as planned; all rows, without the false positives found so far;
-    all rows with the exact mask. Returns M·H queries.
+    all rows with the exact mask. A small index goes through the last of them alone, in f32. Returns
+    M·H queries.
     """
+    if is_small(ivf):
+        return _search_small(ivf, bloom, plan, queries, excluded, options.k)
     num_queries, k = queries.shape[0] * queries.shape[1], options.k
     words = ivf.live.shape[0]
 
@@ -92,6 +96,19 @@ def search_eligible(
     )
     state = (jnp.int32(0), mask, nothing, jnp.ones(num_queries, bool))
     return lax.while_loop(goes_on, one_round, state)[2]
+
+
+def _search_small(ivf, bloom, plan, queries, excluded, k: int) -> RowResult:
+    num_masks, heads, width = queries.shape
+    mask = _allowed(ivf, bloom, bloom.exact_mask(plan), excluded)
+    return search_rows(
+        ivf, queries.reshape(-1, width), mask, mask_of_query=_mask_of_query(num_masks, heads),
+        k=k, nprobe=ivf.nlist, precision="float",
+    )  # fmt: skip
+
+
+def _mask_of_query(num_masks: int, heads: int) -> Int32[Array, "Q"]:
+    return jnp.repeat(jnp.arange(num_masks, dtype=jnp.int32), heads)
 
 
 def plan_of(
@@ -151,7 +168,7 @@ def _one_round(ivf, bloom, plan, queries, mask, options, *, all_rows):
     def scan_others():
         scan = functools.partial(
             search_rows, ivf, queries.reshape(len(few), -1), mask,
-            mask_of_query=jnp.repeat(jnp.arange(num_masks, dtype=jnp.int32), heads),
+            mask_of_query=_mask_of_query(num_masks, heads),
             k=fetch, nprobe=ivf.nlist, precision="float" if options.exact else "rescored",
         )  # fmt: skip
 

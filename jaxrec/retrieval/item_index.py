@@ -17,6 +17,7 @@ from jaxrec.retrieval.ivf_index import (
     Metric,
     SearchResult,
     check_search,
+    finite_queries,
     list_of_row,
     rank_lists,
     sample_vectors,
@@ -189,7 +190,8 @@ class ItemIndex:
         """The k best items for each query that pass its filter; traceable.
 
         Items returned always pass their filter: survivors of the search are checked on the stored
-        attributes. `filled` is below k only where fewer than k items are eligible.
+        attributes. `filled` is below k only where fewer than k items are eligible. A query with a
+        NaN or an infinity finds nothing, and does not disturb the others.
 
         How each query is searched is decided on the device from the number of items that pass its
         filter (see `plan_of`): these items alone, the nearest lists, or everything for the batch.
@@ -203,7 +205,8 @@ class ItemIndex:
             the build needs under each query's filter.
           exact: score every eligible item's own row: the result equals brute force.
           exclude: ids that a filter's queries must not return; -1 for none.
-          costs: what the planner reckons with; None takes what was measured for this device.
+          costs: what the planner reckons with; None takes what was measured for this device. An
+            index of up to `planner.SMALL_ROWS` rows is searched by brute force without it.
 
         Raises:
           ValueError: k or nprobe out of range, or another number of programs than M.
@@ -318,8 +321,10 @@ class ItemIndex:
 
 @functools.partial(jax.jit, static_argnames="options")
 def _search(ivf, bloom, queries, plan, exclude, options: SearchOptions) -> SearchResult:
+    queries, finite = finite_queries(queries)
     by_filter, excluded = _by_filter(queries), _excluded(ivf, exclude)
-    found = with_ids(ivf, search_eligible(ivf, bloom, plan, by_filter, excluded, options))
+    found = search_eligible(ivf, bloom, plan, by_filter, excluded, options)
+    found = with_ids(ivf, found, finite.reshape(-1))
     return SearchResult(*(x.reshape(*queries.shape[:-1], *x.shape[1:]) for x in found))
 
 

@@ -384,12 +384,24 @@ def _quantise_with_bounds(vectors):
 def _search_ids(index, queries, mask, k, nprobe, mask_order, precision) -> SearchResult:
     if mask is not None and mask_order == "item":
         mask = to_row_order(mask, index.row_ids)
+    queries, finite = finite_queries(queries)
     found = search_rows(index, queries, mask, k=k, nprobe=nprobe, precision=precision)
-    return with_ids(index, found)
+    return with_ids(index, found, finite)
 
 
-def with_ids(index: IVFIndex, found: RowResult) -> SearchResult:
-    """Row numbers replaced by item ids."""
+def finite_queries(
+    queries: Float[_Array, "*Q D"],
+) -> tuple[Float[Array, "*Q D"], Bool[Array, "*Q"]]:
+    """Zeros in place of queries with a NaN or an infinity, and which queries have none."""
+    queries = jnp.asarray(queries)
+    finite = jnp.isfinite(queries).all(axis=-1)
+    return jnp.where(finite[..., None], queries, 0), finite
+
+
+def with_ids(index: IVFIndex, found: RowResult, finite: Bool[Array, "Q"]) -> SearchResult:
+    """Row numbers replaced by item ids; queries that were not finite find nothing."""
+    scores = jnp.where(finite[:, None], found.scores, -jnp.inf)
+    found = RowResult(scores, jnp.where(finite[:, None], found.rows, -1), found.exact & finite)
     ids = jnp.where(found.rows >= 0, index.row_ids[jnp.maximum(found.rows, 0)], -1)
     filled = jnp.sum(ids >= 0, axis=1, dtype=jnp.int32)
     return SearchResult(found.scores, ids, filled, found.exact)

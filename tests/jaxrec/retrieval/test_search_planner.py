@@ -108,6 +108,21 @@ def test_a_query_gets_the_same_answer_in_any_company(index, queries, features):
     np.testing.assert_array_equal(together.ids[:1], alone.ids)
 
 
+def test_a_query_that_is_not_finite_finds_nothing(index, queries):
+    bad = queries.copy()
+    bad[2, 3], bad[5] = np.nan, np.inf
+    plan = index.compile(["some:1"] * QUERIES)
+    got, want = (index.search(q, plan, k=K) for q in (bad, queries))
+    alone = index.ivf.search(bad, k=K, nprobe=4)
+    for found in (got, alone):
+        assert np.asarray(found.filled)[[2, 5]].tolist() == [0, 0]
+        assert (np.asarray(found.ids)[[2, 5]] == -1).all()
+        assert np.isneginf(np.asarray(found.scores)[[2, 5]]).all()
+        assert not np.asarray(found.exact)[[2, 5]].any()
+    others = np.setdiff1d(np.arange(QUERIES), [2, 5])
+    np.testing.assert_array_equal(np.asarray(got.ids)[others], np.asarray(want.ids)[others])
+
+
 def test_queries_may_share_a_filter(index, queries):
     filters = ["some:1 AND NOT many:1", "near:1"]
     exclude = np.array([[3, 5, 3], [-1, 9, 8]], np.int32)
