@@ -4,9 +4,9 @@
     python -m experiments.bench_codesign --workloads tiny --scratch
 
 SilverTorch's case is `20m_128`: 20 million items of 128 dimensions, 16 queries, 32 probes, the
-2,048 best. "probed" runs the filter on the words of the probed lists, "all" on the whole catalogue; both
-must give the same items. The peers do the same in PyTorch and Triton, from the same index. One JSON
-file goes to experiments/results/bench_codesign/.
+2,048 best. "probed" runs the filter on the words of the probed lists, "all" on the whole
+catalogue; both must give the same items. The peer does the first in PyTorch and Triton, from the
+same index. One JSON file goes to experiments/results/bench_codesign/.
 """
 
 import argparse

@@ -1,9 +1,11 @@
 """Peers in PyTorch and Triton of the Bloom and IVF searches, over the same index.
 
 A peer is a function of no arguments that returns tensors. PyTorch is imported only when a peer is
-made, so that the benchmarks run without it.
+made, so that the benchmarks run without it. All give the reference's answers on a CPU too, the
+Triton ones with TRITON_INTERPRET=1.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,6 +72,11 @@ def _tensor(array: Any) -> Any:
     return torch.from_dlpack(jax.block_until_ready(array))
 
 
+def _triton_kernels() -> Any:
+    """The module of the kernels; Triton is imported only here."""
+    return importlib.import_module("experiments.triton_kernels")
+
+
 class BloomPeer:
     """A Bloom index in PyTorch, with one mask: NOT complements false positives with the rest."""
 
@@ -106,14 +113,13 @@ class BloomPeer:
 
     def triton(self) -> Callable[[], Any]:
         """A program a bundle and query: i32[Q, words]."""
-        from experiments import triton_kernels
-
+        kernels = _triton_kernels()
         bundles, words = len(self.offsets) - 1, self.rows.shape[1]
         queries, steps, hashes = self.operands.shape
         out = self.rows.new_empty(queries, bundles * words)
 
         def search() -> Any:
-            triton_kernels.bloom_all[(bundles, queries)](
+            kernels.bloom_all[(bundles, queries)](
                 self.rows, self.offsets, self.operands, out,
                 self.workload.num_head, bundles * words,
                 WORDS=words, STEPS=steps, HASHES=hashes,
@@ -124,14 +130,13 @@ class BloomPeer:
 
     def triton_tiles(self, max_tiles: int) -> Callable[[Any], Any]:
         """From tiles i32[Q, max_tiles] their masks i32[Q, 2·max_tiles]."""
-        from experiments import triton_kernels
-
+        kernels = _triton_kernels()
         queries, steps, hashes = self.operands.shape
         out = self.rows.new_empty(queries, 2 * max_tiles)
         blocks = -(-2 * max_tiles // _BLOOM_BLOCK)
 
         def search(tiles: Any) -> Any:
-            triton_kernels.bloom_tiles[(blocks, queries)](
+            kernels.bloom_tiles[(blocks, queries)](
                 self.rows, self.offsets, self.operands, tiles, out,
                 self.workload.num_head, max_tiles,
                 WORDS=self.rows.shape[1], STEPS=steps, HASHES=hashes, BLOCK=_BLOOM_BLOCK,
@@ -198,8 +203,7 @@ class IvfPeer:
         Args:
           masks: from the tiles of each query their words, in order; None takes the index's masks.
         """
-        from experiments import triton_kernels
-
+        kernels = _triton_kernels()
         t = self.tensors
         num_queries, width = t["query_codes"].shape
         scores = t["scales"].new_empty(num_queries, self.max_tiles * TILE_ROWS)
@@ -207,7 +211,7 @@ class IvfPeer:
         def search() -> Any:
             tiles = self.tiles()
             words = t["words"] if masks is None else masks(tiles)
-            triton_kernels.ivf_scan[(self.max_tiles, num_queries)](
+            kernels.ivf_scan[(self.max_tiles, num_queries)](
                 t["codes"], t["scales"], t["query_codes"], words, tiles, scores,
                 self.max_tiles, words.shape[1],
                 WIDTH=width, ROWS=TILE_ROWS, BY_SLOT=masks is not None,
