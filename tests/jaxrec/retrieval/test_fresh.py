@@ -22,6 +22,7 @@ from jaxrec.retrieval import (
     brute_force,
     fresh,
 )
+from jaxrec.retrieval.planner import is_small
 
 N, D, K, CAPACITY = 600, 12, 20, 256
 FILTERS = ["colour:red", "tag IN [1, 2] AND NOT colour:blue", None, "NOT tag:new"]
@@ -173,6 +174,23 @@ def test_excluded_items_are_left_out_of_both_parts(live, queries):
     found = index.search(queries, index.compile(FILTERS), k=K, exact=True, exclude=exclude)
     np.testing.assert_array_equal(np.asarray(found.ids)[:, : K - 2], first[:, 2:])
     assert first[2, 0] == N + 5
+
+
+def test_a_planned_search_of_the_main_part_is_merged_with_the_fresh_one(queries):
+    vectors, features, columns = random_items(np.random.default_rng(2), 3_000)
+    main = ItemIndex.build(vectors, features, key=jax.random.key(0), columns=columns, nlist=8)
+    assert not is_small(main.ivf)
+    index = LiveIndex.build(main, capacity=CAPACITY)
+    assert is_small(index.fresh.ivf)
+    own = random_items(np.random.default_rng(3), 4)
+    index = index.upsert(range(5_000, 5_004), 9 * queries, *own[1:]).delete([0, 1])
+    want = np.asarray(search(index, queries).ids)
+    plan = index.compile(FILTERS)
+    found = np.asarray(index.search(queries, plan, k=K).ids)
+    shared = [np.isin(a[a >= 0], b).mean() for a, b in zip(want, found, strict=True)]
+    assert np.mean(shared) > 0.8
+    fresh = want >= 5_000
+    np.testing.assert_array_equal(found[fresh], want[fresh])
 
 
 def test_k_may_exceed_the_items(live, queries):

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxrec.retrieval import ItemIndex, ShardedIndex
+from jaxrec.retrieval.planner import SMALL_ROWS
 from jaxrec.sharding import make_mesh
 
 WIDTH, NUM_ITEMS, K = 8, 700, 30
@@ -79,9 +80,16 @@ def test_exact_search_equals_the_whole_index(whole, axes):
     assert int(want.filled.min()) < K == int(want.filled.max())
 
 
+@pytest.fixture(scope="module")
+def large():
+    """Each of its eight shards is too large for brute force."""
+    return build(8 * SMALL_ROWS)
+
+
 @pytest.mark.parametrize("nprobe", [3, None])
-def test_approximate_search_finds_no_less(whole, nprobe):
-    split = ShardedIndex.split(whole, make_mesh({"items": 8}))
+def test_approximate_search_finds_no_less(large, nprobe):
+    whole, split = large, ShardedIndex.split(large, make_mesh({"items": 8}))
+    assert split.arrays[1].shape[1] > SMALL_ROWS
     plan = whole.compile(FILTERS)
     want = search_whole(whole, queries(), plan, k=K, nprobe=nprobe)
     found = split.search(queries(), plan, k=K, nprobe=nprobe)
