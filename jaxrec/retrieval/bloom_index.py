@@ -42,6 +42,7 @@ from jaxrec.retrieval.terms import ItemTerms, TermCatalog, collect_terms, number
 from pallas_kernels import BloomMasks, bloom_search, bloom_update
 
 _VERIFY_CHUNK = 1 << 16
+_EXACT_CHUNK_WORDS = 1 << 14
 
 type _Array = jax.Array | np.ndarray
 
@@ -391,18 +392,25 @@ class BloomIndex:
     def exact_mask(self, plan: FilterPlan) -> UInt32[Array, "Q words"]:
         """What `search(plan, exact=True)` gives, traceable: evaluates every item, filter by filter.
 
-        Cost: P · log2(most terms of an item) gathers for each of the F · N pairs.
+        Cost: P · log2(most terms of an item) gathers for each of the F · N pairs; memory for half a
+        million items at a time.
         """
         self.check_plan(plan)
         filters = plan.distinct()
-        positions = jnp.arange(self.live.shape[0] * 32, dtype=jnp.int32)
-        positions = jnp.minimum(positions, self.num_items - 1)
-        lanes = jnp.arange(32, dtype=jnp.uint32)
+        words = self.live.shape[0]
+        size = min(words, _EXACT_CHUNK_WORDS)
+        places, lanes = jnp.arange(32 * size, dtype=jnp.int32), jnp.arange(32, dtype=jnp.uint32)
 
-        def one_filter(number):
+        def one_chunk(number, first_word):
+            positions = jnp.minimum(32 * first_word + places, self.num_items - 1)
             passes = self._evaluate(filters, jnp.full_like(positions, number), positions)
             bits = passes.reshape(-1, 32).astype(jnp.uint32) << lanes
-            return jnp.sum(bits, axis=1, dtype=jnp.uint32) & self.live
+            return jnp.sum(bits, axis=1, dtype=jnp.uint32)
+
+        def one_filter(number):
+            starts = jnp.arange(0, words, size, dtype=jnp.int32)
+            chunks = lax.map(lambda first: one_chunk(number, first), starts)
+            return chunks.reshape(-1)[:words] & self.live
 
         numbers = jnp.arange(filters.num_queries, dtype=jnp.int32)
         return plan.of_each_query(lax.map(one_filter, numbers))

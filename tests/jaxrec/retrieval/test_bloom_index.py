@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from jaxrec.retrieval import BloomIndex, F, FilterError, spread_tiles, unpack_mask
+from jaxrec.retrieval import BloomIndex, F, FilterError, bloom_index, spread_tiles, unpack_mask
 from jaxrec.retrieval import terms as terms_module
 from jaxrec.retrieval.filters import And, Everything, Not, Nothing, Or, Term
 from jaxrec.retrieval.terms import hash_texts
@@ -91,13 +91,15 @@ def test_masks_of_random_expressions(seed):
     assert not (surely & ~want).any()
 
 
-def test_traceable_exactness_and_verify():
+def test_traceable_exactness_and_verify(monkeypatch):
     rng = np.random.default_rng(3)
     features = catalogue(rng, 500)
     index = BloomIndex.build(features, max_fpr=0.05)
     trees = [random_tree(rng, 3) for _ in range(20)]
     plan = index.compile(trees)
     want = np.stack([brute_force(tree, features) for tree in trees])
+    np.testing.assert_array_equal(unpack_mask(index.exact_mask(plan), 500), want)
+    monkeypatch.setattr(bloom_index, "_EXACT_CHUNK_WORDS", 5)  # the last chunk is not full
     np.testing.assert_array_equal(unpack_mask(index.exact_mask(plan), 500), want)
     rows = rng.integers(-1, 500, (20, 60)).astype(np.int32)
     passes = np.take_along_axis(want, np.maximum(rows, 0), axis=1) & (rows >= 0)
