@@ -94,5 +94,6 @@ def test_filter_and_scan_of_twenty_million_items(probed):
     print(f"temp memory {report.temp_bytes / MB:.1f} MB")
     masks = case.ivf.num_queries * case.bloom.num_items / 8
     assert report.temp_bytes < 64 * MB + (1 if probed else 3) * masks
-    for name in ("bloom_search", "ivf_scan"):
+    kernel = "bloom_search_tiles" if probed else "bloom_search"
+    for name in (kernel, "ivf_scan"):
         assert f"{name}_mosaic_gpu" in report.hlo_text
