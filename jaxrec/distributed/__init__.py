@@ -3,6 +3,11 @@
 from jaxrec.distributed.experts import split_experts as split_experts
 from jaxrec.distributed.id_maps import IdMap as IdMap
 from jaxrec.distributed.id_maps import hash_ids as hash_ids
+from jaxrec.distributed.late_exchange import LATE as LATE
+from jaxrec.distributed.late_exchange import Traffic as Traffic
+from jaxrec.distributed.prioritized import PipelineState as PipelineState
+from jaxrec.distributed.prioritized import PrioritizedMetrics as PrioritizedMetrics
+from jaxrec.distributed.prioritized import PrioritizedStep as PrioritizedStep
 from jaxrec.distributed.sharded_embedding import Bags as Bags
 from jaxrec.distributed.sharded_embedding import EmbeddingPlan as EmbeddingPlan
 from jaxrec.distributed.sharded_embedding import ExchangeReport as ExchangeReport

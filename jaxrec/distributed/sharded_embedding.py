@@ -54,7 +54,7 @@ from jaxrec.ops.row_exchange import (
     swap_boxes,
 )
 from jaxrec.ops.row_optimizers import Moments, rate_at
-from jaxrec.ops.row_runs import sum_bags
+from jaxrec.ops.row_runs import Runs, sum_bags
 from jaxrec.ops.row_store import read_rows, update_rows
 
 type Capacity = Mapping[str, int]
@@ -289,7 +289,7 @@ class ShardedTables:
             report = self._report(plans, strays)
             return jax.tree.map(lambda x: x[None], plans), report
 
-        plans, report = self._on_devices(local, out_specs=(self._spec, PartitionSpec()))(ids)
+        plans, report = self.on_devices(local, out_specs=(self._spec, PartitionSpec()))(ids)
         return EmbeddingPlan(ids, plans, report)
 
     def lookup(self, state: Mapping[str, TableState], plan: EmbeddingPlan) -> Rows:
@@ -305,7 +305,7 @@ class ShardedTables:
                 for name, plan in _unstacked(plans).items()
             }
 
-        return self._on_devices(local)(dict(state), plan.groups)
+        return self.on_devices(local)(dict(state), plan.groups)
 
     def embed(self, rows: Rows, plan: EmbeddingPlan) -> dict[str, Float[Array, "B *shape D"]]:
         """What each feature's ids stand for; traceable, and differentiable in the rows.
@@ -329,7 +329,7 @@ class ShardedTables:
                     at += size
             return found
 
-        return self._on_devices(local)(rows, plan.groups, plan.ids)
+        return self.on_devices(local)(rows, plan.groups, plan.ids)
 
     def update(
         self,
@@ -354,14 +354,14 @@ class ShardedTables:
             new = {}
             for name, group_plan in _unstacked(plans).items():
                 received = swap_boxes(d_rows[name][0], self.axis)
-                new[name] = self._updated(
+                new[name] = self.apply_gradients(
                     name, state[name], received, group_plan.asked_runs, ok, step
                 )
             return new
 
         everywhere = PartitionSpec()
         specs = (self._spec, self._spec, self._spec, everywhere, everywhere)
-        return self._on_devices(local, in_specs=specs)(
+        return self.on_devices(local, in_specs=specs)(
             dict(state), plan.groups, d_rows, plan.report.ok, jnp.asarray(step, jnp.int32)
         )
 
@@ -413,9 +413,23 @@ class ShardedTables:
     def _own_rows(self, name: str, state: TableState, plan: RowPlan) -> Array:
         return read_rows(state.rows, plan.asked.reshape(-1), on_host=self.groups[name].on_host)
 
-    def _updated(
-        self, name: str, state: TableState, received: Array, runs: Any, ok: Any, step: Array
+    def apply_gradients(
+        self,
+        name: str,
+        state: TableState,
+        received: Float[Array, "P D"],
+        runs: Runs,
+        ok: Bool[Array, ""],
+        step: Int[Array, ""],
     ) -> TableState:
+        """A device's part of a group after gradients that others sent; inside `on_devices`.
+
+        Args:
+          name: of the group.
+          received: by place; `runs` are equal rows among the places.
+          ok: False changes nothing.
+          step: number of the step that the gradients are of.
+        """
         group = self.groups[name]
         own = own_gradients(received, runs, state.rows.shape[0], keep=ok)
         return TableState(
@@ -445,7 +459,22 @@ class ShardedTables:
     def _spec(self) -> PartitionSpec:
         return PartitionSpec(self.axis)
 
-    def _on_devices(self, function: Any, *, in_specs: Any = None, out_specs: Any = None) -> Any:
+    def placed(self, batch: Any) -> Any:
+        """A batch's arrays where the devices share them by their first axis; else on all devices.
+
+        Traceable.
+        """
+
+        def place(x: Any) -> Array:
+            x = jnp.asarray(x)
+            shared = x.ndim > 0 and x.shape[0] % self.num_shards == 0
+            spec = self._spec if shared else PartitionSpec()
+            return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(place, batch)
+
+    def on_devices(self, function: Any, *, in_specs: Any = None, out_specs: Any = None) -> Any:
+        """`jax.shard_map` over the mesh; arrays are split along their first axis by default."""
         return jax.shard_map(
             function,
             mesh=self.mesh,
@@ -488,7 +517,7 @@ class ShardedTables:
                 )
             if isinstance(values, Bags) and self.features[name].pooling is None:
                 raise ValueError(f"feature {name!r} has bags but no pooling; expected sum or mean")
-        return {name: jax.tree.map(jnp.asarray, ids[name]) for name in self.features}
+        return self.placed({name: ids[name] for name in self.features})
 
 
 def _ids_of(values: Ids) -> Any:

@@ -15,6 +15,7 @@ from jaxrec.distributed.sharded_embedding import (
     ShardedTables,
     TableState,
 )
+from jaxrec.sharding import replicated
 from jaxrec.typing import PyTree
 
 type EmbeddingLoss = Callable[[PyTree, dict[str, jax.Array], Any], tuple[jax.Array, PyTree]]
@@ -61,11 +62,15 @@ def init_sharded_state(
     key: jax.Array,
 ) -> ShardedState:
     """The state before the first step; `params` are copied, so they stay usable."""
+
+    def everywhere(tree: PyTree) -> PyTree:
+        return jax.device_put(jax.tree.map(jnp.copy, tree), replicated(tables.mesh))
+
     return ShardedState(
-        jnp.zeros((), jnp.int32),
+        everywhere(jnp.zeros((), jnp.int32)),
         tables.init(key),
-        jax.tree.map(jnp.copy, params),
-        optimizer.init(params),
+        everywhere(params),
+        everywhere(optimizer.init(params)),
     )
 
 
@@ -90,8 +95,8 @@ def make_sharded_step(
         plan = tables.plan(ids, capacity)
         rows = tables.lookup(state.tables, plan)
         value, aux, params, opt_state, d_rows = dense_step(
-            tables, loss, optimizer, (state.params, state.opt_state), rows, plan, batch,
-            plan.report.ok,
+            tables, loss, optimizer, (state.params, state.opt_state), rows, plan,
+            tables.placed(batch), plan.report.ok,
         )  # fmt: skip
         updated = tables.update(state.tables, plan, d_rows, state.step)
         new = ShardedState(state.step + plan.report.ok, updated, params, opt_state)
