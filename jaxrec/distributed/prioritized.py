@@ -166,7 +166,7 @@ class PrioritizedStep:
 
         So it is done before a checkpoint too; training goes on with `start` and the next batch.
         """
-        return self._finish(carry)
+        return self._finish(*carry)
 
     def build(self, capacity: Capacity) -> Callable[..., tuple[Any, Any]]:
         """The jitted step for a capacity, which `__call__` runs."""
@@ -204,8 +204,10 @@ class PrioritizedStep:
         traffic = parts.traffic(ahead, deferred, plan, marks)
         return PipelineState(new, following, rest), PrioritizedMetrics(value, aux, report, traffic)
 
-    def _last_step(self, carry: PipelineState) -> tuple[ShardedState, ShardedMetrics]:
-        (state, ahead, deferred), parts = carry, self._exchange
+    def _last_step(
+        self, state: ShardedState, ahead: Ahead, deferred: Deferred
+    ) -> tuple[ShardedState, ShardedMetrics]:
+        parts = self._exchange
         ok = ahead.plan.report.ok
         limits = {name: late.shape[2] for name, late in ahead.owner_late.items()}
         rows, tables = parts.with_late(state.tables, ahead, limits)

@@ -58,7 +58,8 @@ from jaxrec.ops.row_runs import Runs, sum_bags
 from jaxrec.ops.row_store import read_rows, update_rows
 
 type Capacity = Mapping[str, int]
-type Rows = dict[str, Float[Array, "S P D"]]
+type Rows = dict[str, Float[Array, "_ _ _"]]
+"""Rows, or their gradients, by group: [S, P, D] each, P and D being the group's own."""
 
 
 class Bags(NamedTuple):
@@ -243,7 +244,7 @@ class ShardedTables:
                 )
             group = self._group_of[name]
             at = group.rows_of(table)
-            rows = jax.device_put(state[group.name].rows, jax.memory.Space.Device)
+            rows = self._in_device_memory(group, state[group.name].rows)
             rows = rows.at[at].set(jnp.asarray(value).astype(group.dtype))
             rows = jax.device_put(rows, self.shardings()[group.name].rows)
             state[group.name] = state[group.name]._replace(rows=rows)
@@ -252,7 +253,7 @@ class ShardedTables:
     def dense(self, state: Mapping[str, TableState], table: str) -> Float[Array, "V D"]:
         """All rows of a table in the order of their ids; for scoring, publishing and tests."""
         group = self._group_of[self._table(table).name]
-        rows = jax.device_put(state[group.name].rows, jax.memory.Space.Device)
+        rows = self._in_device_memory(group, state[group.name].rows)
         return rows[group.rows_of(self.tables[table])]
 
     # One batch.
@@ -490,6 +491,11 @@ class ShardedTables:
         return TableState(
             rows.astype(group.dtype), group.optimizer.moments(group.num_rows, group.dim)
         )
+
+    def _in_device_memory(self, group: TableGroup, rows: Array) -> Array:
+        if not group.on_host:
+            return rows
+        return jax.device_put(rows, NamedSharding(self.mesh, self._spec, memory_kind="device"))
 
     def _table(self, name: str) -> EmbeddingTable:
         if name not in self.tables:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from jaxrec.ops.row_optimizers import RowAdagrad, RowOptimizer
 from jaxrec.typing import PADDING_ID
 
-MAX_ROWS = 2**31 - 2
+MAX_ROWS = 2**30  # i32 counts rows, and places beyond them
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 

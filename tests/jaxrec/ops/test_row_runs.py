@@ -1,5 +1,7 @@
 """Sums by key against float64, their gradients, and the bits' independence of other keys."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +64,7 @@ def test_rows_are_taken_and_their_gradient_is_a_sum():
 def test_bags(offsets):
     offsets = jnp.array(offsets)
     values = jnp.asarray(np.random.default_rng(0).standard_normal((8, 2)), jnp.float32)
-    spans = list(zip(offsets[:-1], offsets[1:], strict=True))
+    spans = list(pairwise(offsets))
     wanted = jnp.stack([values[a:b].sum(0) for a, b in spans])
     np.testing.assert_allclose(sum_bags(values, offsets), wanted, atol=1e-6)
     weights = jnp.arange(8.0).reshape(4, 2)
