@@ -64,14 +64,6 @@ class Deferred(NamedTuple):
     owner_rows: dict[str, Int32[Array, "S S C"]]
 
 
-class PipelineState(NamedTuple):
-    """What a prioritised step carries to the next."""
-
-    state: ShardedState
-    ahead: Ahead
-    deferred: Deferred
-
-
 class Traffic(NamedTuple):
     """Bytes of rows and gradients sent in a step by all devices together, empty places left out.
 
