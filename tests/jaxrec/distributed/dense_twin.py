@@ -64,35 +64,36 @@ def random_batch(rng, size=16, length=5, rows=(40, 23), pick=None):
     return ids, rng.integers(0, 2, size).astype(np.float32)
 
 
+def _loss(params, tables, ids, batch):
+    found = {}
+    for name, feature in FEATURES.items():
+        table = tables[feature.table]
+        good = (ids[name] > 0) & (ids[name] < table.shape[0])
+        rows = jnp.where(good[..., None], table[jnp.where(good, ids[name], 0)], 0)
+        if feature.pooling is not None:
+            rows = rows.sum(1) / jnp.maximum(good.sum(1)[:, None], 1)
+        found[name] = rows
+    return pair_loss(params, found, batch)
+
+
+_gradient = jax.jit(jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True))
+
+
 class DenseTwin:
     """The same training with whole tables on one device."""
 
-    def __init__(self, tables, optimizer, params, loss=pair_loss, features=None):
+    def __init__(self, tables, optimizer, params):
         self.values = {name: np.asarray(value, np.float64) for name, value in tables.items()}
-        self.optimizer, self.loss, self.params = optimizer, loss, params
-        self.features = features or FEATURES
+        self.optimizer, self.params = optimizer, params
         self.moments = {name: {} for name in tables}
-        self.gradient = jax.jit(jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True))
-
-    def _loss(self, params, tables, ids, batch):
-        found = {}
-        for name, feature in self.features.items():
-            table = tables[feature.table]
-            good = (ids[name] > 0) & (ids[name] < table.shape[0])
-            rows = jnp.where(good[..., None], table[jnp.where(good, ids[name], 0)], 0)
-            if feature.pooling is not None:
-                total, count = rows.sum(1), good.sum(1)[:, None]
-                rows = total / jnp.maximum(count, 1) if feature.pooling == "mean" else total
-            found[name] = rows
-        return self.loss(params, found, batch)
 
     def step(self, ids, batch, rate=0.05):
         """Plain SGD of the dense weights; rows looked up by their optimizer. Gives (loss, aux)."""
         tables = {name: jnp.asarray(value, jnp.float32) for name, value in self.values.items()}
-        (value, aux), (d_params, d_tables) = self.gradient(self.params, tables, ids, batch)
+        (value, aux), (d_params, d_tables) = _gradient(self.params, tables, ids, batch)
         self.params = jax.tree.map(lambda p, d: p - rate * d, self.params, d_params)
         for name in self.values:
-            used = [ids[f].ravel() for f, feature in self.features.items() if feature.table == name]
+            used = [ids[f].ravel() for f, feature in FEATURES.items() if feature.table == name]
             for row in np.unique(np.concatenate(used)):
                 if 0 < row < len(self.values[name]):
                     self._update(name, int(row), np.asarray(d_tables[name][row], np.float64))

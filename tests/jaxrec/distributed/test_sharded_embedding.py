@@ -1,6 +1,7 @@
 """Sharded tables equal dense ones with the same optimizer; nothing is dropped, nothing is dense."""
 
 import re
+from functools import cache
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from jaxrec.sharding import make_mesh
 
 MESH = make_mesh({"data": 8})
 SGD = optax.sgd(0.05)
+EVERYTHING = dict.fromkeys(("items", "users", "items+users"), 200)
 
 
 def sharded(specs, mesh=MESH, features=FEATURES, **options: Any) -> ShardedTables:
@@ -45,16 +47,35 @@ def growing(tables, capacity) -> GrowingStep:
     return GrowingStep(tables, lambda c: make_sharded_step(tables, pair_loss, SGD, c), capacity)
 
 
+@cache
+def both_tables(name) -> ShardedTables:
+    return sharded(two_tables(OPTIMIZERS[name]))
+
+
+@cache
+def compiled(name, places):
+    return make_sharded_step(both_tables(name), pair_loss, SGD, {"items+users": places})
+
+
+def step_of(name, places=16) -> GrowingStep:
+    """For `both_tables`; compiled once for all tests."""
+    build = lambda capacity: compiled(name, capacity["items+users"])  # noqa: E731
+    return GrowingStep(both_tables(name), build, {"items+users": places})
+
+
+def start_of(tables):
+    return init_sharded_state(tables, dense_params(), SGD, key=jax.random.key(1))
+
+
 def assert_same_tables(tables, state, twin, *, atol):
     for name, values in twin.values.items():
         np.testing.assert_allclose(tables.dense(state.tables, name), values, atol=atol)
 
 
-def assert_equals_twin(tables, optimizer, batches, capacity, *, atol=1e-5):
-    state = init_sharded_state(tables, dense_params(), SGD, key=jax.random.key(1))
+def assert_equals_twin(step, optimizer, batches, *, atol=1e-5):
+    tables, state = step.tables, start_of(step.tables)
     start = {name: tables.dense(state.tables, name) for name in tables.tables}
     twin = DenseTwin(start, optimizer, dense_params())
-    step = growing(tables, capacity)
     for ids, labels in batches:
         state, metrics = step(state, ids, labels)
         loss, scores = twin.step(ids, labels)
@@ -62,16 +83,16 @@ def assert_equals_twin(tables, optimizer, batches, capacity, *, atol=1e-5):
         np.testing.assert_allclose(metrics.aux, scores, atol=atol)
     assert_same_tables(tables, state, twin, atol=atol)
     assert int(state.step) == len(batches)
-    return step, state
+    return state
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_dense_tables(name):
     rng = np.random.default_rng(0)
-    tables = sharded(two_tables(OPTIMIZERS[name]))
-    assert list(tables.groups) == ["items+users"], "one exchange for both"
+    step = step_of(name)
+    assert list(step.tables.groups) == ["items+users"], "one exchange for both"
     batches = [random_batch(rng) for _ in range(20)]
-    step, _ = assert_equals_twin(tables, OPTIMIZERS[name], batches, {"items+users": 16})
+    assert_equals_twin(step, OPTIMIZERS[name], batches)
     assert step.retries == 0
 
 
@@ -82,28 +103,26 @@ def test_tables_of_different_kinds():
     tables = sharded([two_tables(adagrad)[0], users])
     assert list(tables.groups) == ["items", "users"]
     batches = [random_batch(rng) for _ in range(6)]
-    _, state = assert_equals_twin(tables, adagrad, batches, None)
+    state = assert_equals_twin(growing(tables, EVERYTHING), adagrad, batches)
     kinds = {name: group.rows.sharding.memory_kind for name, group in state.tables.items()}
     assert kinds == {"items": "device", "users": "pinned_host"}
 
 
 def test_overflow_grows_and_drops_nothing():
     rng = np.random.default_rng(2)
-    optimizer = OPTIMIZERS["adam"]
-    tables = sharded(two_tables(optimizer))
     batches = [random_batch(rng) for _ in range(8)]
-    step, _ = assert_equals_twin(tables, optimizer, batches, {"items+users": 1})
+    step = step_of("adam", 1)
+    assert_equals_twin(step, OPTIMIZERS["adam"], batches)
     assert step.retries >= 1
     assert step.capacity["items+users"] > 1
 
 
 def test_a_step_that_does_not_fit_changes_nothing():
-    tables = sharded(two_tables(OPTIMIZERS["adam"]))
-    state = init_sharded_state(tables, dense_params(), SGD, key=jax.random.key(1))
-    before = jax.tree.map(np.asarray, state)
+    tables = both_tables("adam")
+    state = start_of(tables)
+    before = jax.tree.map(np.array, state)
     ids, labels = random_batch(np.random.default_rng(0))
-    step = make_sharded_step(tables, pair_loss, SGD, {"items+users": 1})
-    state, metrics = step(state, ids, labels)
+    state, metrics = compiled("adam", 1)(state, ids, labels)
     assert not metrics.exchange.ok
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), before)
     grown = tables.grown({"items+users": 1}, metrics.exchange)
@@ -122,8 +141,8 @@ def padding_only(count, shape):
 def test_all_ids_equal_and_none_at_all(pick):
     rng = np.random.default_rng(3)
     batches = [random_batch(rng, pick=pick) for _ in range(3)]
-    tables = sharded(two_tables(OPTIMIZERS["adagrad"]))
-    step, _ = assert_equals_twin(tables, OPTIMIZERS["adagrad"], batches, {"items+users": 2})
+    step = step_of("adagrad", 2)
+    assert_equals_twin(step, OPTIMIZERS["adagrad"], batches)
     assert step.retries == 0, "one place is enough for an id, however often it comes"
 
 
@@ -133,9 +152,7 @@ def test_some_devices_have_no_ids():
     for ids, _ in batches:
         for values in ids.values():
             values[:10] = 0
-    assert_equals_twin(
-        sharded(two_tables(OPTIMIZERS["sgd"])), OPTIMIZERS["sgd"], batches, {"items+users": 16}
-    )
+    assert_equals_twin(step_of("sgd"), OPTIMIZERS["sgd"], batches)
 
 
 def test_rows_over_two_mesh_axes():
@@ -143,37 +160,38 @@ def test_rows_over_two_mesh_axes():
     mesh = make_mesh({"host": 2, "gpu": 4})
     tables = sharded(two_tables(OPTIMIZERS["adam"]), mesh, axis=("host", "gpu"))
     batches = [random_batch(rng) for _ in range(3)]
-    assert_equals_twin(tables, OPTIMIZERS["adam"], batches, None)
+    assert_equals_twin(growing(tables, EVERYTHING), OPTIMIZERS["adam"], batches)
 
 
 def test_the_same_on_any_number_of_devices():
-    """Rows of a state stand in the same order on 8 devices, 2 and 1."""
+    """A state goes on where it is restored to: its rows stand in the same order everywhere."""
     rng = np.random.default_rng(6)
     batches = [random_batch(rng) for _ in range(4)]
-    results = []
-    for size in (8, 2, 1):
-        tables = sharded(two_tables(OPTIMIZERS["adam"]), make_mesh({"data": size}))
-        state = init_sharded_state(tables, dense_params(), SGD, key=jax.random.key(1))
-        step = growing(tables, None)
-        for number, batch in enumerate(batches):
-            state, _ = step(state, *batch)
-            if number == 1:  # as a restore on other devices would place it
-                state = jax.device_get(state)
-                state = state._replace(tables=jax.device_put(state.tables, tables.shardings()))
-        results.append(jax.device_get(state))
-    for other in results[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), results[0], other)
+    few = sharded(two_tables(OPTIMIZERS["adam"]), make_mesh({"data": 2}))
+    states = [start_of(both_tables("adam")), start_of(few)]
+    assert_close(states[0], states[1])
+    steps = [step_of("adam"), growing(few, EVERYTHING)]
+    for batch in batches[:2]:
+        states = [step(state, *batch)[0] for step, state in zip(steps, states, strict=True)]
+    saved = jax.device_get(states[1])
+    moved = saved._replace(tables=jax.device_put(saved.tables, both_tables("adam").shardings()))
+    states[1], steps[1] = moved, steps[0]
+    for batch in batches[2:]:
+        states = [step(state, *batch)[0] for step, state in zip(steps, states, strict=True)]
+    assert_close(*states)
+
+
+def assert_close(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
 
 
 def test_repeats_to_the_bit():
-    tables = sharded(two_tables(OPTIMIZERS["adagrad"]))
     ends = []
     for _ in range(2):
         rng = np.random.default_rng(7)
-        state = init_sharded_state(tables, dense_params(), SGD, key=jax.random.key(1))
-        step = growing(tables, None)
+        state = start_of(both_tables("adagrad"))
         for _ in range(3):
-            state, _ = step(state, *random_batch(rng))
+            state, _ = step_of("adagrad")(state, *random_batch(rng))
         ends.append(jax.device_get(state))
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
@@ -182,11 +200,11 @@ def test_bf16_rows():
     optimizer = OPTIMIZERS["adagrad"]
     tables = sharded(two_tables(optimizer, dtype="bfloat16"))
     rng = np.random.default_rng(8)
-    state = init_sharded_state(tables, dense_params(), SGD, key=jax.random.key(1))
+    state = start_of(tables)
     start = {name: tables.dense(state.tables, name) for name in tables.tables}
     assert {value.dtype for value in start.values()} == {jnp.bfloat16.dtype}
     twin = DenseTwin(start, optimizer, dense_params())
-    step = growing(tables, None)
+    step = growing(tables, EVERYTHING)
     for _ in range(5):
         ids, labels = random_batch(rng)
         state, _ = step(state, ids, labels)
@@ -262,10 +280,9 @@ def test_lookups_of_every_kind():
 def test_ids_outside_their_table():
     ids, labels = random_batch(np.random.default_rng(0))
     ids["user"][3], ids["item"][5] = 23, -4
-    tables = sharded(two_tables(OPTIMIZERS["sgd"]))
-    state = init_sharded_state(tables, dense_params(), SGD, key=jax.random.key(1))
-    before = jax.tree.map(np.asarray, state)
-    step = growing(tables, None)
+    step = step_of("sgd")
+    state = start_of(step.tables)
+    before = jax.tree.map(np.array, state)
     with pytest.raises(
         IdError, match=r"'item' names id -4 of table 'items', which has rows 0 to 39"
     ):
@@ -285,7 +302,7 @@ def test_unchecked_ids_outside_give_zeros_and_are_counted():
     batches = [random_batch(rng) for _ in range(3)]
     for ids, _ in batches:
         ids["user"][3], ids["history"][5, 1:4] = 23, [-1, -2_000_000_000, 2**31 - 1]
-    assert_equals_twin(tables, optimizer, batches, None)
+    assert_equals_twin(growing(tables, EVERYTHING), optimizer, batches)
     plan = jax.jit(lambda ids: tables.plan(ids))(batches[0][0])
     strays = {name: x.tolist() for name, x in plan.report.strays.items()}
     assert strays["user"] == [1, 23]
