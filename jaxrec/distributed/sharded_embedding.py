@@ -35,8 +35,7 @@ duplicates, fewer with. Without sharding a dense gradient's all-reduce sends 8 Â
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +44,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from jaxrec.distributed.features import Bags, Feature, Ids, flat_ids, pool, shape_of
 from jaxrec.distributed.tables import EmbeddingTable, TableGroup, group_tables
 from jaxrec.ops.row_exchange import (
     RowPlan,
@@ -54,48 +54,12 @@ from jaxrec.ops.row_exchange import (
     swap_boxes,
 )
 from jaxrec.ops.row_optimizers import Moments, rate_at
-from jaxrec.ops.row_runs import Runs, sum_bags
+from jaxrec.ops.row_runs import Runs
 from jaxrec.ops.row_store import read_rows, update_rows
 
 type Capacity = Mapping[str, int]
 type Rows = dict[str, Float[Array, "_ _ _"]]
 """Rows, or their gradients, by group: [S, P, D] each, P and D being the group's own."""
-
-
-class Bags(NamedTuple):
-    """Sets of ids of any size, of which each is pooled to one row.
-
-    Attributes:
-      ids: packed, as in `JaggedBatch`; i32[G, T]. G is the number of devices or a multiple.
-      offsets: bag b of part g is its ids offsets[g, b] up to offsets[g, b + 1]; i32[G, B + 1].
-    """
-
-    ids: Int[jax.Array | np.ndarray, "G T"]
-    offsets: Int[jax.Array | np.ndarray, "G B1"]
-
-
-type Ids = Int[jax.Array | np.ndarray, "B *shape"] | Bags
-
-
-@dataclass(frozen=True)
-class Feature:
-    """Something that names rows of a table.
-
-    Attributes:
-      table: whose rows.
-      pooling: None gives each id its row; "sum" or "mean" gives one row for all ids of an example
-        (along all axes but the first) or of a bag. A mean is over ids that have a row: no padding.
-    """
-
-    table: str
-    pooling: Literal["sum", "mean"] | None = None
-
-    def __post_init__(self):
-        if self.pooling not in (None, "sum", "mean"):
-            raise ValueError(
-                f"pooling of a feature of table {self.table!r} is {self.pooling!r}; expected None, "
-                "sum or mean"
-            )
 
 
 class TableState(NamedTuple):
@@ -277,7 +241,7 @@ class ShardedTables:
                 rows = []
                 for feature, values in self._features_of(name, ids):
                     table = self.tables[self.features[feature].table]
-                    flat = _flat_ids(values)
+                    flat = flat_ids(values)
                     rows.append(group.row_ids(table, flat))
                     strays[feature] = self._strays(table, flat)
                 rows = jnp.concatenate(rows)
@@ -323,10 +287,10 @@ class ShardedTables:
                 have_row = group_plan.slots < rows[name].shape[1]
                 at = 0
                 for feature, values in self._features_of(name, ids):
-                    size = _flat_ids(values).shape[0]
+                    size = flat_ids(values).shape[0]
                     part = slice(at, at + size)
                     pooling = self.features[feature].pooling
-                    found[feature] = _pooled(spread[part], have_row[part], values, pooling)
+                    found[feature] = pool(spread[part], have_row[part], values, pooling)
                     at += size
             return found
 
@@ -371,9 +335,7 @@ class ShardedTables:
     def start_capacity(self, ids: Mapping[str, Ids], *, spare: float = 1.25) -> dict[str, int]:
         """A first guess by group: `spare` times what ids without duplicates would take."""
         counts = {
-            name: sum(
-                math.prod(np.shape(_ids_of(values))) for _, values in self._features_of(name, ids)
-            )
+            name: sum(math.prod(shape_of(values)) for _, values in self._features_of(name, ids))
             // self.num_shards
             for name in self.groups
         }
@@ -515,7 +477,7 @@ class ShardedTables:
                 f"ids are of the features {sorted(ids)}; expected {sorted(self.features)}"
             )
         for name, values in ids.items():
-            shape = np.shape(_ids_of(values))
+            shape = shape_of(values)
             if not shape or shape[0] == 0 or shape[0] % self.num_shards:
                 raise ValueError(
                     f"ids of feature {name!r} have shape {shape}; expected a first axis that the "
@@ -526,14 +488,6 @@ class ShardedTables:
         return self.placed({name: ids[name] for name in self.features})
 
 
-def _ids_of(values: Ids) -> Any:
-    return values.ids if isinstance(values, Bags) else values
-
-
-def _flat_ids(values: Ids) -> Array:
-    return jnp.asarray(_ids_of(values)).reshape(-1).astype(jnp.int32)
-
-
 def _unstacked(plans: Mapping[str, RowPlan]) -> dict[str, RowPlan]:
     return {name: jax.tree.map(lambda x: x[0], plan) for name, plan in plans.items()}
 
@@ -541,20 +495,3 @@ def _unstacked(plans: Mapping[str, RowPlan]) -> dict[str, RowPlan]:
 def _rounded(places: float) -> int:
     """Up to a multiple of 8, so that growth seldom compiles anew for little."""
     return 8 * math.ceil(max(places, 1) / 8)
-
-
-def _pooled(rows: Array, have_row: Array, ids: Ids, pooling: str | None) -> Array:
-    """A feature's rows in the shape of its ids, or pooled."""
-    shape = np.shape(_ids_of(ids))
-    rows, have_row = rows.reshape(*shape, rows.shape[-1]), have_row.reshape(shape)
-    if pooling is None:
-        return rows
-    count = have_row.astype(jnp.float32)[..., None]
-    if isinstance(ids, Bags):
-        total = jax.vmap(sum_bags)(rows.astype(jnp.float32), ids.offsets)
-        count = jax.vmap(sum_bags)(count, ids.offsets)
-    else:
-        axes = tuple(range(1, len(shape)))
-        total, count = jnp.sum(rows.astype(jnp.float32), axes), jnp.sum(count, axes)
-    pooled = total / jnp.maximum(count, 1) if pooling == "mean" else total
-    return pooled.astype(rows.dtype)

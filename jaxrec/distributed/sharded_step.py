@@ -148,6 +148,11 @@ class GrowingStep:
     Each call waits for the report of its step, some scalars. In a run of several processes all see
     the same report and grow alike.
 
+    Attributes:
+      capacity: as it is now.
+      retries: steps repeated so far.
+      state: what a step that did not count left behind: the state from before it.
+
     Args:
       tables: whose exchange it is.
       build: the jitted step for a capacity.
@@ -166,6 +171,7 @@ class GrowingStep:
     ):
         self.tables, self.capacity = tables, dict(capacity)
         self.retries = 0
+        self.state: Any = None
         self._build, self._resize = build, resize
         self._step = build(self.capacity)
 

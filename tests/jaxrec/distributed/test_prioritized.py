@@ -163,7 +163,8 @@ def test_an_id_outside_its_table_leaves_the_carry():
 
 def test_a_step_needs_a_start():
     pipeline = PrioritizedStep(sharded(two_tables(RowSGD())), pair_loss, SGD)
-    carry: Any = None
+    nothing: Any = None
+    carry = PipelineState(nothing, nothing, nothing)
     with pytest.raises(RuntimeError, match="begins with start"):
         pipeline(carry, {}, None)
 
