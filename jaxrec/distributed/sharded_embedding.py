@@ -145,7 +145,8 @@ class ShardedTables:
             )
         self.tables = {table.name: table for table in tables}
         self.groups = {group.name: group for group in group_tables(tables, virtual_shards)}
-        self.features = dict(features or {name: Feature(name) for name in self.tables})
+        by_table = {name: Feature(name) for name in self.tables}
+        self.features = by_table if features is None else dict(features)
         for name, feature in self.features.items():
             if feature.table not in self.tables:
                 raise ValueError(

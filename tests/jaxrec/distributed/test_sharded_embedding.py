@@ -18,6 +18,7 @@ from dense_twin import (
     random_batch,
     two_tables,
 )
+from jax.extend.core import jaxprs_in_params
 
 from jaxrec.distributed import (
     Bags,
@@ -339,7 +340,7 @@ def test_nothing_as_large_as_a_table_is_made():
 def equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from equations(inner)
 
 
