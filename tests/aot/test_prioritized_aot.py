@@ -88,7 +88,6 @@ def test_computation_runs_while_early_rows_and_deferred_gradients_travel():
     text = compiled.as_text()
     early, late = f"f32[8,{PLACES},{DIM}]", f"f32[8,{LATE_PLACES},{DIM}]"
     found = exchanges(text)
-    print([(e.result, len(e.products)) for e in found])
     assert [e.result for e in found].count(early) == 2
     assert [e.result for e in found].count(late) == 2
     assert all(e.products for e in found if e.result == early)
