@@ -1,3 +1,26 @@
 """Training and serving on many devices."""
 
 from jaxrec.distributed.experts import split_experts as split_experts
+from jaxrec.distributed.features import Bags as Bags
+from jaxrec.distributed.features import Feature as Feature
+from jaxrec.distributed.id_maps import IdMap as IdMap
+from jaxrec.distributed.id_maps import hash_ids as hash_ids
+from jaxrec.distributed.late_exchange import LATE as LATE
+from jaxrec.distributed.late_exchange import Traffic as Traffic
+from jaxrec.distributed.prioritized import PipelineState as PipelineState
+from jaxrec.distributed.prioritized import PrioritizedMetrics as PrioritizedMetrics
+from jaxrec.distributed.prioritized import PrioritizedStep as PrioritizedStep
+from jaxrec.distributed.sharded_embedding import EmbeddingPlan as EmbeddingPlan
+from jaxrec.distributed.sharded_embedding import ExchangeReport as ExchangeReport
+from jaxrec.distributed.sharded_embedding import IdError as IdError
+from jaxrec.distributed.sharded_embedding import ShardedTables as ShardedTables
+from jaxrec.distributed.sharded_embedding import TableState as TableState
+from jaxrec.distributed.sharded_step import GrowingStep as GrowingStep
+from jaxrec.distributed.sharded_step import ShardedMetrics as ShardedMetrics
+from jaxrec.distributed.sharded_step import ShardedState as ShardedState
+from jaxrec.distributed.sharded_step import init_sharded_state as init_sharded_state
+from jaxrec.distributed.sharded_step import make_sharded_step as make_sharded_step
+from jaxrec.distributed.tables import EmbeddingTable as EmbeddingTable
+from jaxrec.ops.row_optimizers import RowAdagrad as RowAdagrad
+from jaxrec.ops.row_optimizers import RowAdam as RowAdam
+from jaxrec.ops.row_optimizers import RowSGD as RowSGD

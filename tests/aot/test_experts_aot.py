@@ -9,14 +9,14 @@ its start and its done:
     tokens' gradients back      xᵀ · d_hidden, and what else waits for none of the tokens
 """
 
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
+from scheduled_exchanges import Exchange, exchanges
 
 from jaxrec.nn import MoEConfig, MoELayer
 from jaxrec.ops.expert_parallel import ExpertParallel
@@ -27,37 +27,6 @@ needs_tools = pytest.mark.skipif(aot_available() is not None, reason=str(aot_ava
 
 WIDTH, HIDDEN, SHARED, EXPERTS, SLOTS, OWN_TOKENS = 1024, 1024, 2048, 64, 4, 2048
 CONFIG = MoEConfig(WIDTH, EXPERTS, HIDDEN, SLOTS, shared_hidden=SHARED)
-
-
-class Exchange(NamedTuple):
-    """One all-to-all of a scheduled program: its result's type, and the products meanwhile."""
-
-    result: str
-    products: list[str]
-
-
-def exchanges(hlo: str) -> list[Exchange]:
-    """The asynchronous all-to-alls of the entry computation, in order of their start."""
-    bodies = re.findall(r"^%([\w.\-]+) \(.*?\{\n(.*?)^\}", hlo, re.MULTILINE | re.DOTALL)
-    with_dot = {name for name, body in bodies if " dot(" in body}
-    entry = re.split(r"^ENTRY ", hlo, flags=re.MULTILINE)[1].split("\n}")[0].splitlines()
-
-    def product(line: str) -> bool:
-        called = re.search(r"calls=%([\w.\-]+)", line)
-        dot = " dot(" in line or "__cublas" in line or "mosaic_gpu" in line
-        return dot or (called is not None and called[1] in with_dot)
-
-    def result(line: str) -> str:
-        return line.split(" = ")[1].split("{")[0]
-
-    found = []
-    for first, line in enumerate(entry):
-        if start := re.match(r"\s+%(all-to-all-start[\w.\-]*) = ", line):
-            done = f"all-to-all-done(%{start[1]})"
-            last = next(number for number, other in enumerate(entry) if done in other)
-            meanwhile = [result(other) for other in entry[first:last] if product(other)]
-            found.append(Exchange(result(entry[last]), meanwhile))
-    return found
 
 
 def training_step(parallel: ExpertParallel) -> tuple[Any, list[Any], Any]:

@@ -1,0 +1,233 @@
+"""Prioritised exchange: rows that two successive batches do not share travel beneath computation.
+
+Step n trains on batch n and knows the ids of batch n + 1. The owner of each row compares the two:
+
+    late rows of n        named by n - 1 as well: read after its update, so before anything else
+    early rows of n + 1   not named by n: read, and sent, while n computes
+    late gradients of n   rows that n + 1 names as well: sent and applied at the end of step n
+    deferred gradients    the other rows of n: sent while n + 1 computes
+
+so that only late rows and late gradients are waited for. Each row is updated once a batch by the
+sum of all its gradients, always before it is read again: results are those of the plain step. One
+jitted program holds a whole step; what travels early has no data dependency on the computation, nor
+the computation on it, so the latency-hiding scheduler may run one beneath the other.
+
+    pipeline = PrioritizedStep(tables, loss, optimizer)
+    state = pipeline.start(sharded_state, *batches[0])
+    for ids, batch in batches[1:]:
+        state, metrics = pipeline(state, ids, batch)     # trains on the batch before
+    sharded_state, metrics = pipeline.finish(state)      # trains on the last
+
+Letters: S devices, C and L places of a box for all rows and for late ones, D width, R rows of an
+owner, P = S · C.
+
+Bytes that a device sends each step, for each group of tables:
+
+    beneath computation   4 · P (row numbers) + P (marks) + 2 · D · itemsize · P
+    waited for            2 · D · itemsize · S · L
+
+against 4 · P + 2 · D · itemsize · P waited for in the plain step. Memory beyond the plain step's:
+rows, gradients and plan of one batch, and two bitmaps of R bytes.
+
+Source: FreeScale (arXiv 2604.24073); TorchRec's PEC pipeline has the same order of events.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from jaxrec.distributed.late_exchange import (
+    LATE,
+    Ahead,
+    Deferred,
+    LateExchange,
+    Traffic,
+    without_late,
+)
+from jaxrec.distributed.sharded_embedding import Capacity, ExchangeReport, ShardedTables
+from jaxrec.distributed.sharded_step import (
+    EmbeddingLoss,
+    GrowingStep,
+    ShardedMetrics,
+    ShardedState,
+    dense_step,
+    keep_if,
+)
+from jaxrec.typing import PyTree
+
+
+class PipelineState(NamedTuple):
+    """What a prioritised step carries to the next."""
+
+    state: ShardedState
+    ahead: Ahead
+    deferred: Deferred
+
+
+class PrioritizedMetrics(NamedTuple):
+    """Results of one step; on all devices.
+
+    Attributes:
+      loss, aux: of the batch trained on.
+      exchange: of the batch ahead; where it is not ok the step changed nothing. `needed` tells of
+        late places as well.
+      traffic: see there; late rows and deferred gradients are those sent in this step, early rows
+        and late gradients likewise.
+    """
+
+    loss: jax.Array
+    aux: PyTree
+    exchange: ExchangeReport
+    traffic: Traffic
+
+
+class PrioritizedStep:
+    """Training steps whose exchange is split into early and late; see the module.
+
+    The capacity grows as `GrowingStep` lets it grow: what does not fit is repeated.
+
+    Args:
+      tables, loss, optimizer: as for `make_sharded_step`.
+      capacity: C by group, and L with `LATE` behind the group's name; None guesses from the first
+        batch, L a quarter of C.
+    """
+
+    def __init__(
+        self,
+        tables: ShardedTables,
+        loss: EmbeddingLoss,
+        optimizer: optax.GradientTransformation,
+        capacity: Capacity | None = None,
+    ):
+        self.tables, self._loss, self._optimizer = tables, loss, optimizer
+        self._exchange = LateExchange(tables)
+        self._first = capacity
+        self._begin = jax.jit(self._exchange.begin, static_argnums=3)
+        self._growing: GrowingStep | None = None
+        self._finish = jax.jit(self._last_step, donate_argnums=0)
+
+    @property
+    def capacity(self) -> dict[str, int]:
+        """C and L by group, as they are now; empty before the start."""
+        return {} if self._growing is None else self._growing.capacity
+
+    @property
+    def retries(self) -> int:
+        """Steps repeated with a larger capacity."""
+        return 0 if self._growing is None else self._growing.retries
+
+    @property
+    def state_left(self) -> Any:
+        """The state that a step which raised left behind: that from before it."""
+        return None if self._growing is None else self._growing.state
+
+    def start(self, state: ShardedState, ids: Mapping[str, Any], batch: Any) -> PipelineState:
+        """Fetches the first batch; trains on nothing.
+
+        Args:
+          state: belongs to the pipeline from now on, which donates it.
+          ids, batch: of the same shapes in all batches; as for `make_sharded_step`.
+
+        Raises:
+          IdError: an id is outside its table (`checked` tables only).
+        """
+        capacity = self._start_capacity(ids)
+        while True:
+            sizes = tuple(without_late(capacity).items())
+            ahead, deferred = self._begin(state.tables, ids, batch, sizes)
+            report = ahead.plan.report
+            if bool(report.ok):
+                break
+            if self.tables.checked:
+                self.tables.raise_strays(report)
+            capacity = capacity | self.tables.grown(without_late(capacity), report)
+        if capacity != self.capacity:
+            self._growing = GrowingStep(self.tables, self.build, capacity, resize=self._resized)
+        return PipelineState(state, ahead, deferred)
+
+    def __call__(
+        self, carry: PipelineState, ids: Mapping[str, Any], batch: Any
+    ) -> tuple[PipelineState, PrioritizedMetrics]:
+        """Trains on the batch that was given before, and fetches this one; the carry is donated.
+
+        Raises:
+          RuntimeError: before `start`.
+          IdError: an id of this batch is outside its table (`checked` tables only); nothing was
+            trained, and `state_left` is the carry as it was.
+        """
+        if self._growing is None:
+            raise RuntimeError("a prioritised step begins with start(state, ids, batch)")
+        return self._growing(carry, ids, batch)
+
+    def finish(self, carry: PipelineState) -> tuple[ShardedState, ShardedMetrics]:
+        """Trains on the last batch and applies all that is deferred; the carry is donated.
+
+        So it is done before a checkpoint too; training goes on with `start` and the next batch.
+        """
+        return self._finish(*carry)
+
+    def build(self, capacity: Capacity) -> Callable[..., tuple[Any, Any]]:
+        """The jitted step for a capacity, which `__call__` runs."""
+        return jax.jit(
+            lambda carry, ids, batch: self._one_step(carry, ids, batch, capacity), donate_argnums=0
+        )
+
+    def _one_step(
+        self, carry: PipelineState, ids: Mapping[str, Any], batch: Any, capacity: Capacity
+    ) -> tuple[PipelineState, PrioritizedMetrics]:
+        (state, ahead, deferred), parts = carry, self._exchange
+        limits = {name: capacity[name + LATE] for name in self.tables.groups}
+        # Waited for: rows that the step before updated.
+        rows, tables = parts.with_late(state.tables, ahead, limits)
+        # Beneath the computation: the next batch's plan, and all that waits for neither batch.
+        plan = self.tables.plan(ids, without_late(capacity))
+        marks, needed = parts.marks(ahead.plan, plan)
+        report = parts.report(plan.report, needed, capacity)
+        tables = parts.apply_deferred(tables, deferred, report.ok, state.step - 1)
+        early, tables = parts.early(tables, plan, marks)
+        # The computation.
+        value, aux, params, opt_state, d_rows = dense_step(
+            self.tables, self._loss, self._optimizer, (state.params, state.opt_state),
+            rows, ahead.plan, ahead.batch, report.ok,
+        )  # fmt: skip
+        # Waited for: gradients of rows that the next step reads.
+        tables, rest = parts.apply_late(
+            tables, ahead.plan, marks, d_rows, limits, report.ok, state.step
+        )
+        owner_late = {name: mark.owner_second for name, mark in marks.items()}
+        asker_late = {name: mark.asker_second for name, mark in marks.items()}
+        following = Ahead(plan, self.tables.placed(batch), early, owner_late, asker_late)
+        following, rest = keep_if(report.ok, (following, rest), (ahead, deferred))
+        new = ShardedState(state.step + report.ok, tables, params, opt_state)
+        traffic = parts.traffic(ahead, deferred, plan, marks)
+        return PipelineState(new, following, rest), PrioritizedMetrics(value, aux, report, traffic)
+
+    def _last_step(
+        self, state: ShardedState, ahead: Ahead, deferred: Deferred
+    ) -> tuple[ShardedState, ShardedMetrics]:
+        parts = self._exchange
+        ok = ahead.plan.report.ok
+        limits = {name: late.shape[2] for name, late in ahead.owner_late.items()}
+        rows, tables = parts.with_late(state.tables, ahead, limits)
+        tables = parts.apply_deferred(tables, deferred, ok, state.step - 1)
+        value, aux, params, opt_state, d_rows = dense_step(
+            self.tables, self._loss, self._optimizer, (state.params, state.opt_state),
+            rows, ahead.plan, ahead.batch, ok,
+        )  # fmt: skip
+        tables = self.tables.update(tables, ahead.plan, d_rows, state.step)
+        new = ShardedState(state.step + 1, tables, params, opt_state)
+        return new, ShardedMetrics(value, aux, ahead.plan.report)
+
+    def _resized(self, carry: PipelineState, capacity: Capacity) -> PipelineState:
+        resize = jax.jit(lambda *parts: self._exchange.resized(*parts, capacity))
+        return PipelineState(carry.state, *resize(carry.ahead, carry.deferred))
+
+    def _start_capacity(self, ids: Mapping[str, Any]) -> dict[str, int]:
+        if self._growing is not None:
+            return self._growing.capacity
+        if self._first is not None:
+            return dict(self._first)
+        whole = self.tables.start_capacity(ids)
+        return whole | {name + LATE: -(-size // 4) for name, size in whole.items()}
