@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -83,14 +83,24 @@ class BalanceStats(NamedTuple):
 
 @dataclass
 class _Stage:
-    """A batch on its way: lengths are being gathered, then samples moved."""
+    """A batch on its way: its lengths are gathered, then it is planned, then samples move.
+
+    A row of the gathered lengths begins with whether that rank's source has ended.
+    """
 
     samples: list[Samples]
     state: dict[str, Any]
-    lengths: Finish[np.ndarray]
-    planned: "Future[tuple[np.ndarray, Plan]] | None" = None
+    rows: Finish[np.ndarray]
+    planned: "Future[_Planned] | None" = None
     moved: Finish[list[Samples]] | None = None
-    quality: Quality | None = field(default=None)
+    quality: Quality | None = None
+    last: bool = False
+
+
+class _Planned(NamedTuple):
+    lengths: np.ndarray
+    plan: Plan
+    last: bool
 
 
 class BalancedBatches:
@@ -106,17 +116,20 @@ class BalancedBatches:
         batches = PrefetchIterator(stage, depth=1)      # in one process: all of it on a thread
 
     With `OverMesh` collectives are started by `next`, so that all processes start them in the
-    order of their steps; do not prefetch it then, its own stages are the prefetching.
+    order of their steps; do not prefetch it then, its own stages are the prefetching. (To defer
+    outliers it also waits for a gather of their numbers.)
 
     Args:
-      sources: one for each local rank of the transport, all with the same number of batches.
+      sources: one for each local rank of the transport. One that ends before the others gives
+        no more samples; the stage ends when all have ended and nothing is held back.
       transport: `InProcess` or `OverMesh`.
       config: how.
 
-    Raises:
-      ValueError: as many sources as local ranks are expected.
+    Iterating gives batches with the local ranks in front: item_ids i32[R, T] and so on.
 
-    Returns batches with the local ranks in front: item_ids i32[R, T] and so on.
+    Raises:
+      ValueError: not one source for each local rank; later, where samples or tokens do not fit
+        the balanced batches (see `balance.assign`).
     """
 
     def __init__(self, sources: Sequence[BatchSource], transport: Transport, config: BalanceConfig):
@@ -127,22 +140,23 @@ class BalancedBatches:
             )
         self._sources, self._transport, self._config = list(sources), transport, config
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="jaxrec-balance")
-        self._room: tuple[int, int, int] | None = None
-        self._start_from(self._places(), cut_tokens=0)
+        self._room, self._width = (0, 0, 0), 0  # as the first batch says
+        places = [source.get_state() for source in self._sources]
+        self._start_from({"sources": places, "held": [[] for _ in places], "cut_tokens": 0})
 
     def __iter__(self) -> Iterator[JaggedBatch]:
         return self
 
     def __next__(self) -> JaggedBatch:
-        while len(self._stages) < 3 and not self._exhausted:
-            self._read()
+        while len(self._stages) < 3 and not self._finished:
+            self._push(*self._read())
             self._advance()
-        if not self._stages:
+        stage = self._stages[0]
+        if stage.last or self._finished:
+            self._finished = True
             raise StopIteration
-        self._advance(everything=self._exhausted)
-        stage = self._stages.popleft()
+        self._stages.popleft()
         assert stage.moved is not None
-        assert self._room is not None
         tokens, sequences, targets = self._room
         batches = [
             pack(own, token_budget=tokens, max_sequences=sequences, max_targets=targets)
@@ -167,7 +181,7 @@ class BalancedBatches:
         Raises:
           ValueError: the state is of another number of ranks, or of another stage.
         """
-        wanted = {"sources", "held", "cut_tokens", "flushed"}
+        wanted = {"sources", "held", "cut_tokens"}
         if set(state) != wanted or len(state["sources"]) != len(self._sources):
             raise ValueError(
                 f"the state of {len(self._sources)} balanced sources was expected, with "
@@ -175,7 +189,7 @@ class BalancedBatches:
             )
         for source, place in zip(self._sources, state["sources"], strict=True):
             source.set_state(place)
-        self._start_from(state, state["cut_tokens"])
+        self._start_from(state)
 
     def close(self) -> None:
         """Drops what is on its way and frees the sources; it may be used again afterwards."""
@@ -185,48 +199,41 @@ class BalancedBatches:
 
     # Stages.
 
-    def _places(self) -> dict[str, Any]:
-        sources = [source.get_state() for source in self._sources]
-        held = [[] for _ in self._sources]
-        return {"sources": sources, "held": held, "cut_tokens": 0, "flushed": False}
-
-    def _start_from(self, state: dict[str, Any], cut_tokens: int) -> None:
+    def _start_from(self, state: dict[str, Any]) -> None:
         self._state, self._quality = state, None
         self._stages: deque[_Stage] = deque()
         self._held = [join([_from_lists(tokens) for tokens in rank]) for rank in state["held"]]
-        self._cut_tokens, self._exhausted = cut_tokens, state["flushed"]
+        self._cut_tokens, self._finished = state["cut_tokens"], False
 
-    def _read(self) -> None:
-        """Takes the next batch of every source, or what is held back behind the last."""
-        samples, at_end = [], False
-        try:
-            batches = [next(source) for source in self._sources]
-        except StopIteration:
-            batches, at_end, self._exhausted = [], True, True
-        if batches and self._room is None:
-            self._room = self._make_room(batches[0])
-        if at_end and self._config.outliers != "defer":
-            return
-        samples = (
-            [self._cut(unpack(batch)) for batch in batches]
-            if batches
-            else [join([]) for _ in self._sources]
-        )
-        if self._config.outlier_tokens is not None and self._config.outliers == "defer":
-            samples = self._hold_back(samples, at_end=at_end)
-            if samples is None:
-                return
-        elif at_end:
-            return
-        self._push(samples, flushed=at_end)
+    def _read(self) -> tuple[list[Samples], list[bool]]:
+        """The next samples of every source, none of those that have ended; outliers treated."""
+        samples, ended = [], []
+        for source in self._sources:
+            batch = next(source, None)
+            ended.append(batch is None)
+            if batch is not None and not self._width:
+                self._make_room(batch)
+            samples.append(join([]) if batch is None else self._cut(unpack(batch)))
+        if not self._width:
+            raise ValueError("no source has a batch, so the shape of batches is not known")
+        if self._defers:
+            samples = self._hold_back(samples, ended)
+        return samples, ended
 
-    def _make_room(self, batch: JaggedBatch) -> tuple[int, int, int]:
-        config, sequences = self._config, len(batch.seq_offsets) - 1
-        tokens = config.token_budget or len(batch.item_ids)
-        wanted = config.max_sequences or sequences
-        # Targets are one for each token, or one for each sequence; see jaxrec.data.make_batch.
+    @property
+    def _defers(self) -> bool:
+        return self._config.outlier_tokens is not None and self._config.outliers == "defer"
+
+    def _make_room(self, batch: JaggedBatch) -> None:
+        config, tokens = self._config, len(batch.item_ids)
+        sequences = len(batch.seq_offsets) - 1
+        room = config.token_budget or tokens, config.max_sequences or sequences
+        # Targets are one for each sequence, or one for each token; see jaxrec.data.make_batch.
         per_sequence = len(batch.target_ids) == sequences
-        return tokens, wanted, wanted if per_sequence else tokens
+        self._room = (*room, room[1] if per_sequence else room[0])
+        self._width = 1 + sequences + (self._transport.num_ranks if self._defers else 0)
+        if config.outlier_tokens is not None and config.outliers == "split":
+            self._width += tokens // config.outlier_tokens
 
     def _cut(self, samples: Samples) -> Samples:
         config = self._config
@@ -236,64 +243,53 @@ class BalancedBatches:
         self._cut_tokens += pieces.cut_tokens
         return samples.cut(pieces)
 
-    def _hold_back(self, samples: list[Samples], *, at_end: bool) -> list[Samples] | None:
-        """Swaps outliers into the hold, or all of them out; the decision is that of all ranks."""
+    def _hold_back(self, samples: list[Samples], ended: list[bool]) -> list[Samples]:
+        """Takes outliers into the hold, or lets all of them out; all ranks decide alike."""
         limit = self._config.outlier_tokens
         assert limit is not None
-        long = [own.lengths > limit for own in samples]
-        waiting = [
-            join([held, own.take(np.flatnonzero(is_long))])
-            for held, own, is_long in zip(self._held, samples, long, strict=True)
-        ]
-        counts = np.array([[len(own.lengths), at_end] for own in waiting], np.int64)
-        everyone = self._transport.gather(counts)()
-        total = int(everyone[:, 0].sum())
-        if at_end and not total:
-            return None
-        short = [
-            own.take(np.flatnonzero(~is_long)) for own, is_long in zip(samples, long, strict=True)
-        ]
-        if total < self._transport.num_ranks and not at_end:
+        short, waiting = [], []
+        for held, own in zip(self._held, samples, strict=True):
+            is_long = own.lengths > limit
+            short.append(own.take(np.flatnonzero(~is_long)))
+            waiting.append(join([held, own.take(np.flatnonzero(is_long))]))
+        rows = [[len(own.lengths), end] for own, end in zip(waiting, ended, strict=True)]
+        counts = self._transport.gather(np.array(rows, np.int64))()
+        if counts[:, 0].sum() < self._transport.num_ranks and not counts[:, 1].all():
             self._held = waiting
             return short
         self._held = [join([]) for _ in self._sources]
         return [join([own, late]) for own, late in zip(short, waiting, strict=True)]
 
-    def _push(self, samples: list[Samples], *, flushed: bool) -> None:
+    def _push(self, samples: list[Samples], ended: list[bool]) -> None:
         """Sends a batch on its way, by starting to gather its lengths."""
-        assert self._room is not None
-        # A fixed width: what one rank may hold of a batch, whatever the others do.
-        width = self._room[0]
-        lengths = np.zeros((len(samples), width), np.int64)
-        for row, own in zip(lengths, samples, strict=True):
-            row[: len(own.lengths)] = own.lengths
+        rows = np.zeros((len(samples), self._width), np.int64)
+        for row, own, end in zip(rows, samples, ended, strict=True):
+            row[0] = end
+            row[1 : len(own.lengths) + 1] = own.lengths
         state = {
             "sources": [source.get_state() for source in self._sources],
             "held": [_to_lists(own) for own in self._held],
             "cut_tokens": self._cut_tokens,
-            "flushed": flushed,
         }
-        self._stages.append(_Stage(samples, state, self._transport.gather(lengths)))
+        self._stages.append(_Stage(samples, state, self._transport.gather(rows)))
 
-    def _advance(self, *, everything: bool = False) -> None:
-        """Moves the samples of all but the newest batch, in order, and plans that on the thread."""
+    def _advance(self) -> None:
+        """Has the newest batch planned on the thread; starts to move the others' samples."""
         for number, stage in enumerate(self._stages):
             if stage.planned is None:
-                stage.planned = self._thread.submit(self._plan, stage.lengths)
-            newest = number == len(self._stages) - 1
-            if stage.moved is None and (everything or not newest):
-                lengths, found = stage.planned.result()
-                stage.quality = found.quality
-                stage.moved = self._transport.move(stage.samples, lengths, found)
+                stage.planned = self._thread.submit(self._plan, stage.rows)
+            if stage.moved is None and number < len(self._stages) - 1:
+                planned = stage.planned.result()
+                stage.quality, stage.last = planned.plan.quality, planned.last
+                stage.moved = self._transport.move(stage.samples, planned.lengths, planned.plan)
                 stage.samples = []
 
-    def _plan(self, gathered: Finish[np.ndarray]) -> tuple[np.ndarray, Plan]:
-        lengths, config = gathered(), self._config
-        assert self._room is not None
-        flat = lengths[lengths > 0]
+    def _plan(self, rows: Finish[np.ndarray]) -> _Planned:
+        gathered, config = rows(), self._config
+        lengths = gathered[:, 1:]
         sources = np.repeat(np.arange(len(lengths)), (lengths > 0).sum(axis=1))
         found = plan(
-            flat,
+            lengths[lengths > 0],
             self._transport.num_ranks,
             strategy=config.strategy,
             cost=config.cost,
@@ -302,7 +298,7 @@ class BalancedBatches:
             order=config.order,
             sources=sources,
         )
-        return lengths, found
+        return _Planned(lengths, found, bool(gathered[:, 0].all() and not lengths.any()))
 
 
 def _to_lists(samples: Samples) -> list[list[list[int]]]:

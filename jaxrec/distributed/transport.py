@@ -88,7 +88,8 @@ class OverMesh:
     def __init__(self, mesh: Mesh, axis: str):
         if axis not in mesh.axis_names or mesh.size != mesh.shape[axis]:
             raise ValueError(
-                f"expected a mesh whose only axis above size 1 is {axis!r}; it is {dict(mesh.shape)}"
+                f"expected a mesh whose only axis above size 1 is {axis!r}; it is "
+                f"{dict(mesh.shape)}"
             )
         self.num_ranks = mesh.size
         self._devices = list(mesh.devices.flat)
