@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from jaxrec.distributed.transport import Finish, Transport
 from jaxrec.ops.jagged import JaggedBatch
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """Batches of one rank with a place to resume at, as `jaxrec.data.training_batches` gives."""
 

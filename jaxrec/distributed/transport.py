@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ type Finish[T] = Callable[[], T]
 """Waits for what was started, and returns it."""
 
 
+@runtime_checkable
 class Transport(Protocol):
     """Starts the two exchanges of a balanced batch. Every process must start them in one order.
 
