@@ -54,8 +54,8 @@ SOURCES = {
     "latency": "assumed: start of a NCCL collective across nodes",
     "latency_per_node": "assumed: each further node that an all-to-all has messages for",
     "sm_share": "NCCLX all-gather took 24 SMs before it was made SM-free; an H100 has 132",
-    "plan_per_sample": "measured: 8.5 to 13.5 ms for 8,192 samples on 256 ranks on one CPU core; the "
-    "worst",
+    "plan_per_sample": "measured: 8.5 to 13.5 ms for 8,192 samples on 256 ranks on one CPU "
+    "core; the worst",
     "jitter": "0: only what lengths and communication cause; its effect is in the sensitivity",
     "cost": "recsys-examples' profile of 8 layers, width 1024 (balance.HSTU_H100), less the 5.7 % "
     "of its step that are embeddings, which are ops of their own here",

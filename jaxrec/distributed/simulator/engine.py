@@ -18,7 +18,8 @@ class _Op:
     name: str
     rank: int
     work: float
-    uses: tuple[str, ...]
+    computes: bool
+    queues: "tuple[deque[int], ...]"
     sms: float
     group: "_Group | None"
     waiting: int = 0
@@ -119,10 +120,12 @@ class Simulation:
             raise ValueError(f"{name}: {seconds} seconds and {sms} of the SMs")
         if any(not 0 <= cause < number for cause in after):
             raise ValueError(f"{name} comes after an op that was not added before it")
-        op = _Op(name, rank, float(seconds), tuple(uses), sms, group, causes=tuple(after))
+        queues = tuple(self._queues.setdefault((rank, use), deque()) for use in uses)
+        op = _Op(name, rank, float(seconds), COMPUTE in uses, queues, sms, group)
+        op.causes = tuple(after)
         self.ops.append(op)
-        for resource in op.uses:
-            self._queues.setdefault((rank, resource), deque()).append(number)
+        for queue in queues:
+            queue.append(number)
         for cause in op.causes:
             self.ops[cause].followers.append(number)
         op.waiting = len(op.causes)
@@ -146,9 +149,10 @@ class _Run:
     """The state between events; see `Simulation`."""
 
     def __init__(self, simulation: Simulation):
-        self.ops, self.queues = simulation.ops, simulation._queues
+        self.ops = simulation.ops
         count = len(self.ops)
-        self.arrived, self.began, self.ended = (np.full(count, np.nan) for _ in range(3))
+        # Lists, since reading single elements of arrays is slow; -1 is "not yet".
+        self.arrived, self.began, self.ended = ([-1.0] * count for _ in range(3))
         self.taken = [0.0] * simulation.num_ranks  # share of the SMs that communication has
         self.computing: list[int | None] = [None] * simulation.num_ranks
         self.left = [0.0] * simulation.num_ranks  # seconds at full rate
@@ -168,14 +172,15 @@ class _Run:
             group = self.ops[number].group
             for member in group.members if group else [number]:
                 self.end(member, now)
-        return Timeline(self.arrived, self.began, self.ended)
+        return Timeline(*(np.array(times) for times in (self.arrived, self.began, self.ended)))
 
     def try_to_arrive(self, number: int, now: float) -> None:
         op = self.ops[number]
-        if op.waiting or not np.isnan(self.arrived[number]):
+        if op.waiting or self.arrived[number] >= 0:
             return
-        if any(self.queues[op.rank, resource][0] != number for resource in op.uses):
-            return
+        for queue in op.queues:
+            if queue[0] != number:
+                return
         self.arrived[number] = now
         if op.sms:
             self.take_sms(op.rank, op.sms, now)
@@ -192,7 +197,7 @@ class _Run:
     def begin(self, number: int, now: float) -> None:
         op = self.ops[number]
         self.began[number] = now
-        if COMPUTE not in op.uses:
+        if not op.computes:
             self.push(now + op.work, number, -1)
             return
         rank = op.rank
@@ -224,8 +229,7 @@ class _Run:
         if op.sms:
             self.take_sms(op.rank, -op.sms, now)
         heads = []
-        for resource in op.uses:
-            queue = self.queues[op.rank, resource]
+        for queue in op.queues:
             queue.popleft()
             if queue:
                 heads.append(queue[0])

@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from jaxrec.distributed import balance
 from jaxrec.distributed.simulator.constants import MachineConstants, ModelConstants
-from jaxrec.distributed.simulator.engine import COMPUTE, Simulation, Timeline
+from jaxrec.distributed.simulator.engine import Simulation, Timeline
 from jaxrec.distributed.simulator.step import Mechanisms, RankLoads, TrainingProgram
 
 USEFUL = {"forward", "backward", "lookup", "early lookup", "row update", "deferred row update",
@@ -114,14 +114,15 @@ def account(
 ) -> Report:
     """Splits the time between two steps' ends into work, its slowing, and each kind of wait."""
     first, last = WARM_UP - 1, len(steps) - 2
+    began, ended = timeline.began.tolist(), timeline.ended.tolist()
     begin = timeline.ended[list(done[first])]
     end = timeline.ended[list(done[last])]
     sums = dict.fromkeys(("useful", "straggler", "exposed", "tax", "overhead"), 0.0)
-    previous_end = begin.copy()
+    previous_end = begin.tolist()
     for number, op in enumerate(simulation.ops):
-        if COMPUTE not in op.uses or not done[first][op.rank] < number <= done[last][op.rank]:
+        if not op.computes or not done[first][op.rank] < number <= done[last][op.rank]:
             continue
-        start, stop = timeline.began[number], timeline.ended[number]
+        start, stop = began[number], ended[number]
         kinds = _waits(simulation, timeline, number, previous_end[op.rank], start)
         for kind, seconds in kinds.items():
             sums[kind] += seconds
