@@ -141,9 +141,10 @@ class BalancedBatches:
             )
         self._sources, self._transport, self._config = list(sources), transport, config
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="jaxrec-balance")
-        self._room, self._width = (0, 0, 0), 0  # as the first batch says
+        self._shape: list[int] | None = None  # T, B and M of the sources, from the first batch
         places = [source.get_state() for source in self._sources]
-        self._start_from({"sources": places, "held": [[] for _ in places], "cut_tokens": 0})
+        held = [[] for _ in places]
+        self._start_from({"sources": places, "held": held, "cut_tokens": 0, "shape": None})
 
     def __iter__(self) -> Iterator[JaggedBatch]:
         return self
@@ -182,7 +183,7 @@ class BalancedBatches:
         Raises:
           ValueError: the state is of another number of ranks, or of another stage.
         """
-        wanted = {"sources", "held", "cut_tokens"}
+        wanted = {"sources", "held", "cut_tokens", "shape"}
         if set(state) != wanted or len(state["sources"]) != len(self._sources):
             raise ValueError(
                 f"the state of {len(self._sources)} balanced sources was expected, with "
@@ -205,6 +206,7 @@ class BalancedBatches:
         self._stages: deque[_Stage] = deque()
         self._held = [join([_from_lists(tokens) for tokens in rank]) for rank in state["held"]]
         self._cut_tokens, self._finished = state["cut_tokens"], False
+        self._set_shape(state["shape"])
 
     def _read(self) -> tuple[list[Samples], list[bool]]:
         """The next samples of every source, none of those that have ended; outliers treated."""
@@ -212,10 +214,11 @@ class BalancedBatches:
         for source in self._sources:
             batch = next(source, None)
             ended.append(batch is None)
-            if batch is not None and not self._width:
-                self._make_room(batch)
+            if batch is not None and self._shape is None:
+                ids, offsets, targets = batch.item_ids, batch.seq_offsets, batch.target_ids
+                self._set_shape([len(ids), len(offsets) - 1, len(targets)])
             samples.append(join([]) if batch is None else self._cut(unpack(batch)))
-        if not self._width:
+        if self._shape is None:
             raise ValueError("no source has a batch, so the shape of batches is not known")
         if self._defers:
             samples = self._hold_back(samples, ended)
@@ -225,13 +228,15 @@ class BalancedBatches:
     def _defers(self) -> bool:
         return self._config.outlier_tokens is not None and self._config.outliers == "defer"
 
-    def _make_room(self, batch: JaggedBatch) -> None:
-        config, tokens = self._config, len(batch.item_ids)
-        sequences = len(batch.seq_offsets) - 1
+    def _set_shape(self, shape: list[int] | None) -> None:
+        """Takes over the shape of the sources' batches, and what follows from it."""
+        self._shape = shape
+        if shape is None:
+            return
+        config, (tokens, sequences, targets) = self._config, shape
         room = config.token_budget or tokens, config.max_sequences or sequences
         # Targets are one for each sequence, or one for each token; see jaxrec.data.make_batch.
-        per_sequence = len(batch.target_ids) == sequences
-        self._room = (*room, room[1] if per_sequence else room[0])
+        self._room = (*room, room[1] if targets == sequences else room[0])
         self._width = 1 + sequences + (self._transport.num_ranks if self._defers else 0)
         if config.outlier_tokens is not None and config.outliers == "split":
             self._width += tokens // config.outlier_tokens
@@ -271,6 +276,7 @@ class BalancedBatches:
             "sources": [source.get_state() for source in self._sources],
             "held": [_to_lists(own) for own in self._held],
             "cut_tokens": self._cut_tokens,
+            "shape": self._shape,
         }
         self._stages.append(_Stage(samples, state, self._transport.gather(rows)))
 

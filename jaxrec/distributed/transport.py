@@ -1,7 +1,6 @@
 """How samples get from rank to rank: in one process's memory, or by collectives over a mesh."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -101,7 +100,7 @@ class OverMesh:
         self._by_rank = NamedSharding(mesh, PartitionSpec(axis))
         whole = NamedSharding(mesh, PartitionSpec())
         self._gather = jax.jit(lambda rows: rows, out_shardings=whole)
-        self._all_to_all = lru_cache(partial(_all_to_all, mesh, axis))
+        self._all_to_all = _all_to_all(mesh, axis)
 
     def gather(self, lengths: Int64[np.ndarray, "local K"]) -> Finish[Int64[np.ndarray, "W K"]]:
         """See `Transport`."""
@@ -126,7 +125,7 @@ class OverMesh:
                 leaving = planned[sources[planned] == rank]
                 tokens = own.take(leaving - first).tokens if len(leaving) else own.tokens[:0]
                 buffer[to, : len(tokens)] = tokens
-        received = self._all_to_all()(self._placed(sent))
+        received = self._all_to_all(self._placed(sent))
         return lambda: [
             _arrived(np.asarray(shard.data)[0], flat, sources, plan.samples_of(rank))
             for rank, shard in zip(self.local_ranks, self._shards(received), strict=True)

@@ -158,13 +158,15 @@ def test_resumes_behind_every_batch(outliers):
     config = {"outlier_tokens": outliers} if outliers else {}
     whole = list(stage(**config))
     assert len(whole) > 3
-    for stop in range(len(whole)):
+    for stop in range(len(whole) + 1):
         first = stage(**config)
         for _ in range(stop):
             next(first)
         state = json.loads(json.dumps(first.get_state()))
         second = stage(**config)
         second.set_state(state)
+        if not stop:
+            assert state == second.get_state()
         rest = list(second)
         assert len(rest) == len(whole) - stop
         assert all(map(same, rest, whole[stop:]))
