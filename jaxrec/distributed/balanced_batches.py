@@ -239,6 +239,11 @@ class BalancedBatches:
         self._room = (*room, room[1] if targets == sequences else room[0])
         self._width = 1 + sequences + (self._transport.num_ranks if self._defers else 0)
         if config.outlier_tokens is not None and config.outliers == "split":
+            if targets == sequences != tokens:
+                raise ValueError(
+                    "outliers are to be split, but samples have one target each, at their end: the "
+                    "other pieces would teach nothing; use 'cap' or 'defer'"
+                )
             self._width += tokens // config.outlier_tokens
 
     def _cut(self, samples: Samples) -> Samples:

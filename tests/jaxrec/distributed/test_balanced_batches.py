@@ -219,6 +219,8 @@ def test_bad_input_is_refused():
         next(stage(max_sequences=1))
     with pytest.raises(ValueError, match="tokens, more than a rank's token_budget=8"):
         next(stage(token_budget=8))
+    with pytest.raises(ValueError, match="one target each, at their end"):
+        next(stage(mode="prefixes", outlier_tokens=20, outliers="split"))
     with pytest.raises(ValueError, match="state of 8 balanced sources was expected"):
         stage().set_state({"sources": []})
     with pytest.raises(ValueError, match="whose only axis above size 1 is 'data'"):
