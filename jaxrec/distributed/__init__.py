@@ -1,8 +1,12 @@
 """Training and serving on many devices."""
 
+from jaxrec.distributed import balance as balance
+from jaxrec.distributed.balanced_batches import BalanceConfig as BalanceConfig
+from jaxrec.distributed.balanced_batches import BalancedBatches as BalancedBatches
 from jaxrec.distributed.experts import split_experts as split_experts
 from jaxrec.distributed.features import Bags as Bags
 from jaxrec.distributed.features import Feature as Feature
+from jaxrec.distributed.global_mean import global_mean as global_mean
 from jaxrec.distributed.id_maps import IdMap as IdMap
 from jaxrec.distributed.id_maps import hash_ids as hash_ids
 from jaxrec.distributed.late_exchange import LATE as LATE
@@ -21,6 +25,8 @@ from jaxrec.distributed.sharded_step import ShardedState as ShardedState
 from jaxrec.distributed.sharded_step import init_sharded_state as init_sharded_state
 from jaxrec.distributed.sharded_step import make_sharded_step as make_sharded_step
 from jaxrec.distributed.tables import EmbeddingTable as EmbeddingTable
+from jaxrec.distributed.transport import InProcess as InProcess
+from jaxrec.distributed.transport import OverMesh as OverMesh
 from jaxrec.ops.row_optimizers import RowAdagrad as RowAdagrad
 from jaxrec.ops.row_optimizers import RowAdam as RowAdam
 from jaxrec.ops.row_optimizers import RowSGD as RowSGD
