@@ -221,7 +221,7 @@ class PrioritizedStep:
         return new, ShardedMetrics(value, aux, ahead.plan.report)
 
     def _resized(self, carry: PipelineState, capacity: Capacity) -> PipelineState:
-        resize = jax.jit(lambda *parts: self._exchange.resized(*parts, capacity))
+        resize = jax.jit(lambda ahead, late: self._exchange.resized(ahead, late, capacity))
         return PipelineState(carry.state, *resize(carry.ahead, carry.deferred))
 
     def _start_capacity(self, ids: Mapping[str, Any]) -> dict[str, int]:

@@ -117,7 +117,9 @@ def account(
     began, ended = timeline.began.tolist(), timeline.ended.tolist()
     begin = timeline.ended[list(done[first])]
     end = timeline.ended[list(done[last])]
-    sums = dict.fromkeys(("useful", "straggler", "exposed", "tax", "overhead"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(
+        ("useful", "straggler", "exposed", "tax", "overhead"), 0.0
+    )
     previous_end = begin.tolist()
     for number, op in enumerate(simulation.ops):
         if not op.computes or not done[first][op.rank] < number <= done[last][op.rank]:

@@ -36,7 +36,7 @@ def sources(ranks=RANKS, mode: Any = "sequences", users=24, num_epochs: int | No
 
 
 def stage(transport=None, mode: Any = "sequences", **config) -> BalancedBatches:
-    options = {"max_sequences": 16, "token_budget": 2 * BUDGET} | config
+    options: dict[str, Any] = {"max_sequences": 16, "token_budget": 2 * BUDGET} | config
     transport = transport or InProcess(RANKS)
     return BalancedBatches(sources(mode=mode), transport, BalanceConfig(**options))
 

@@ -231,7 +231,9 @@ def test_lookups_of_every_kind():
     dense = np.asarray(tables.dense(state, "t"))
     assert not dense[0].any(), "padding's row"
     rng = np.random.default_rng(0)
-    ids = {name: rng.integers(0, 30, (8, 2, 3)).astype(np.int32) for name in list(features)[:3]}
+    ids: dict[str, Any] = {
+        name: rng.integers(0, 30, (8, 2, 3)).astype(np.int32) for name in list(features)[:3]
+    }
     bags = Bags(rng.integers(0, 30, (8, 9)).astype(np.int32), np.tile([0, 2, 2, 7], (8, 1)))
     ids |= {"bag_sum": bags, "bag_mean": bags}
 
@@ -320,7 +322,7 @@ def test_nothing_as_large_as_a_table_is_made():
         lambda: init_sharded_state(tables, dense_params(), SGD, key=jax.random.key(0))
     )
     ids, labels = random_batch(np.random.default_rng(0))
-    step = make_sharded_step(tables, pair_loss, SGD)
+    step: Any = make_sharded_step(tables, pair_loss, SGD)
     makers = set()
     for equation in equations(step.trace(state, ids, labels).jaxpr.jaxpr):
         if any(getattr(out.aval, "size", 0) >= size // 8 for out in equation.outvars):
