@@ -125,8 +125,8 @@ def account(
         if not op.computes or not done[first][op.rank] < number <= done[last][op.rank]:
             continue
         start, stop = began[number], ended[number]
-        kinds = _waits(simulation, timeline, number, previous_end[op.rank], start)
-        for kind, seconds in kinds.items():
+        waits = _waits(simulation, timeline, number, previous_end[op.rank], start)
+        for kind, seconds in waits.items():
             sums[kind] += seconds
         sums["tax"] += stop - start - op.work
         sums["useful" if op.name in USEFUL else "overhead"] += op.work
