@@ -14,14 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import record, report
-from experiments.torch_peers import SEED, BloomPeer, run_peers
+from experiments.torch_peers import SEED, BloomPeer, plain_masks, run_peers
 from pallas_kernels import BackendError
 from pallas_kernels._timing import Timing, copy_of, time_interleaved
-from pallas_kernels.bloom import BloomOp
 from pallas_kernels.bloom.workloads import WORKLOADS, BloomWorkload
 
 BACKENDS = ("mosaic_gpu", "xla")
@@ -98,17 +96,6 @@ def _differing_words(variants: dict[str, Callable[[], Any]]) -> int:
         for call in variants.values()
         for mask, want in zip(call(), wanted, strict=True)
     )
-
-
-def plain_masks(workload: BloomWorkload, arrays: list[jax.Array]) -> jax.Array:
-    """One mask, u32[Q, words], with NOT as a plain complement: false positives bar items."""
-    rows, offsets, opcodes, operands = arrays
-    barring = 5  # the step of the term behind NOT
-    program = jnp.full_like(opcodes, BloomOp.END).at[:, 0].set(BloomOp.TAIL)
-    barred = workload.run(
-        rows, offsets, program, operands.at[:, 0].set(operands[:, barring]), backend="xla"
-    )
-    return workload.run(*arrays, backend="xla").possibly & ~barred.possibly
 
 
 def _peers(

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import record, report
-from experiments.bench_bloom import plain_masks
-from experiments.torch_peers import SEED, BloomPeer, IvfPeer, recall, run_peers
+from experiments.torch_peers import SEED, BloomPeer, IvfPeer, plain_masks, recall, run_peers
 from pallas_kernels._timing import Timing, copy_of, time_interleaved
 from pallas_kernels.bloom.workloads import BloomWorkload
 from pallas_kernels.ivf import TILE_ROWS

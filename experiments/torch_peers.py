@@ -15,6 +15,7 @@ import numpy as np
 
 from pallas_kernels import probed_tiles_bound
 from pallas_kernels._timing import Timing
+from pallas_kernels.bloom import BloomOp
 from pallas_kernels.bloom.workloads import BloomWorkload
 from pallas_kernels.ivf import TILE_ROWS, quantise
 from pallas_kernels.ivf.workloads import IvfWorkload
@@ -75,6 +76,17 @@ def _tensor(array: Any) -> Any:
 def _triton_kernels() -> Any:
     """The module of the kernels; Triton is imported only here."""
     return importlib.import_module("experiments.triton_kernels")
+
+
+def plain_masks(workload: BloomWorkload, arrays: list[jax.Array]) -> jax.Array:
+    """One mask, u32[Q, words], with NOT as a plain complement: false positives bar items."""
+    rows, offsets, opcodes, operands = arrays
+    barring = 5  # the step of the term behind NOT
+    program = jnp.full_like(opcodes, BloomOp.END).at[:, 0].set(BloomOp.TAIL)
+    barred = workload.run(
+        rows, offsets, program, operands.at[:, 0].set(operands[:, barring]), backend="xla"
+    )
+    return workload.run(*arrays, backend="xla").possibly & ~barred.possibly
 
 
 class BloomPeer:

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from experiments.bench_bloom import plain_masks
 from experiments.bench_codesign import Case, differing_items, variants_of
+from experiments.torch_peers import plain_masks
 from pallas_kernels.ivf.workloads import WORKLOADS
 
 

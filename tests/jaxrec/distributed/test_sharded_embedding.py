@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -377,7 +378,8 @@ def test_neighbouring_ids_are_spread_over_devices():
             assert counts.max() <= length / 8 + 2, "any stretch of ids burdens devices evenly"
 
 
-def test_what_cannot_be_built():
+def test_what_cannot_be_built(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would speak first
     table = EmbeddingTable("t", 10, 4)
     with pytest.raises(ValueError, match="num_rows of table 'x' is 0"):
         EmbeddingTable("x", 0, 4)
