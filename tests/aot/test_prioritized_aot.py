@@ -38,7 +38,7 @@ def tower_loss(params, embeddings, target):
     return jnp.mean((hidden - target).astype(jnp.float32) ** 2), ()
 
 
-def compiled_step(memory="device"):
+def compiled_step(memory: Any = "device"):
     mesh = h200_mesh({"data": 8})
     table = EmbeddingTable("items", ROWS, DIM, RowAdagrad(0.1), memory=memory)
     tables, sgd = ShardedTables([table], mesh), optax.sgd(0.1)
