@@ -10,8 +10,8 @@ Step n trains on batch n and knows the ids of batch n + 1. The owner of each row
 so that only late rows and late gradients are waited for. Each row is updated once a batch by the
 sum of all its gradients, always before it is read again: results are those of the plain step. One
 jitted program holds a whole step; what travels early has no data dependency on the computation, nor
-the computation on it, so the latency-hiding scheduler may run one beneath the other. (It is free to;
-whether it does on a GPU is not shown yet: XLA's schedule without one starts and ends them in a row.)
+the computation on it, so the latency-hiding scheduler may run one beneath the other. Whether it
+does on a GPU is not shown yet: a schedule made without one starts and ends them in a row.
 
     pipeline = PrioritizedStep(tables, loss, optimizer)
     state = pipeline.start(sharded_state, *batches[0])
