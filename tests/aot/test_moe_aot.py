@@ -27,6 +27,12 @@ STAGE = {
 }
 
 
+def gemms(report):
+    """The kernels that multiply; the one that counts pairs has a test of its own."""
+    names = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
+    return [kernel for kernel in names if "moe_dispatch" not in kernel.name]
+
+
 def check(report, names):
     for name in names:
         kernel = report.kernel(f"{name}_mosaic_gpu")
@@ -39,8 +45,7 @@ def check(report, names):
         assert issued % count == 0, "a whole number of stages"
         assert kernel.count("UTMALDG") >= 2
         assert kernel.count("UTMASTG") >= 2
-    mosaic = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
-    assert len(mosaic) == len(names)
+    assert len(gemms(report)) == len(names)
     for kernel in report.kernels:
         atomics = sum(kernel.count(opcode) for opcode in ("ATOMG", "RED", "REDG"))
         assert atomics == 0, f"{kernel.name} would not be deterministic"
@@ -88,7 +93,7 @@ def test_biases_and_activations(activation):
         return y, pull(x)
 
     report = compile_for_h200(run, x, ids, gates, w_gate, w_up, w_down, biases)
-    kernels = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
+    kernels = gemms(report)
     assert len(kernels) == len(STAGE)
     for kernel in kernels:
         assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0
@@ -105,9 +110,22 @@ def test_chunks_bound_the_memory():
     assert report.temp_bytes < transient + results + 64 * chunk.num_pairs
 
 
-def test_dispatch_is_a_few_kernels_without_a_loop():
+@pytest.mark.parametrize("num_experts", [8, 256])
+def test_dispatch_counts_on_tensor_cores_in_a_few_kernels_without_a_loop(num_experts):
     ids = jax.ShapeDtypeStruct((24_576, 8), jnp.int32)
-    report = compile_for_h200(functools.partial(moe_dispatch, num_experts=128), ids)
+    report = compile_for_h200(functools.partial(moe_dispatch, num_experts=num_experts), ids)
+    kernel = report.kernel("moe_dispatch_mosaic_gpu")  # no name means the kernel
+    assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0
+    issued = kernel.count(f"HGMMA.64x{max(16, num_experts)}x16")
+    assert issued == kernel.count("HGMMA")
+    assert issued == 2 * 64 // 16, "two products of 64 pairs, in a loop that is not unrolled"
     assert "while" not in report.hlo_text
-    assert len(report.kernels) <= 10
-    assert report.temp_bytes < 24 * ids.size
+    assert len(report.kernels) <= 7
+    assert report.temp_bytes < 8 * ids.size
+
+
+def test_dispatch_of_many_experts_and_by_name_is_left_to_xla():
+    ids = jax.ShapeDtypeStruct((24_576, 8), jnp.int32)
+    for how in ({"num_experts": 128, "method": "count"}, {"num_experts": 257}):
+        report = compile_for_h200(functools.partial(moe_dispatch, **how), ids)
+        assert not [kernel for kernel in report.kernels if "mosaic" in kernel.name]

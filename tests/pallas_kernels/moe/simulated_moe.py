@@ -1,8 +1,11 @@
 """The op with its kernels named, whatever the device: for the simulator, and for shapes alone."""
 
+import contextlib
+import functools
+
 import jax
 
-from pallas_kernels.moe import api
+from pallas_kernels.moe import api, dispatch, mosaic_gpu_dispatch
 
 
 def value_and_gradients(x, ids, gates, experts, dy, **how):
@@ -15,3 +18,21 @@ def residuals(x, ids, gates, experts, **how):
     """(y, the function from dy to the gradients, which holds what is kept)."""
     how = api._How(backend="mosaic_gpu", **how)
     return jax.vjp(lambda x, g, e: api._ffn(x, ids, g, e, how), x, gates, experts)
+
+
+def dispatched(ids, *, num_experts, programs):
+    """`moe_dispatch` on its kernel, whose programs have several blocks each if they are few."""
+    kernel = functools.partial(mosaic_gpu_dispatch.rank_pairs, programs=programs)
+    with (
+        _changed(dispatch, _backend=lambda *_: "mosaic_gpu"),
+        _changed(mosaic_gpu_dispatch, rank_pairs=kernel),
+    ):
+        return dispatch.moe_dispatch(ids, num_experts=num_experts)
+
+
+@contextlib.contextmanager
+def _changed(module, **names):
+    before = {name: getattr(module, name) for name in names}
+    vars(module).update(names)
+    yield
+    vars(module).update(before)
