@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.aot import aot_available, compile_for_h200
-from pallas_kernels.moe import moe_dispatch, moe_ffn, saved_bytes
+from pallas_kernels.moe import MoeConfig, moe_dispatch, moe_ffn, saved_bytes
+from pallas_kernels.moe.groups import gather_rows, group_rows
+from pallas_kernels.moe.mosaic_gpu import project
+from pallas_kernels.moe.ref import Experts
 from pallas_kernels.moe.workloads import WORKLOADS
 
 pytestmark = [
@@ -98,6 +101,39 @@ def test_biases_and_activations(activation):
     for kernel in kernels:
         assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0
         assert kernel.count("HGMMA") > 0
+
+
+@pytest.mark.parametrize("name", ["conf1", "sonic_7b"])
+def test_fetched_rows_need_no_copy(name):
+    """The projection alone: gathered rows exist beside its results, or do not."""
+    w = WORKLOADS[name]
+    x, ids, _, *weights = w.shapes()
+
+    def run(fetch, x, ids, w_gate, w_up, w_down):
+        dispatch = moe_dispatch(ids, num_experts=w.num_experts)
+        groups = group_rows(dispatch)
+        projected = project(
+            x if fetch else gather_rows(x, groups),
+            groups,
+            dispatch.expert_token_offsets,
+            Experts(w_gate, w_up, w_down, None, None, None),
+            num_pairs=w.num_pairs,
+            activation="swiglu",
+            keep=False,
+            fetches=fetch,
+            config=MoeConfig(),
+        )
+        return projected.hidden
+
+    gathered, fetched = (
+        compile_for_h200(functools.partial(run, fetch), x, ids, *weights) for fetch in (False, True)
+    )
+    assert gathered.temp_bytes - fetched.temp_bytes == 2 * w.rows_bound() * w.width
+    check(fetched, ["moe_project"])
+    kernel, other = (r.kernel("moe_project_mosaic_gpu") for r in (fetched, gathered))
+    assert kernel.count("HGMMA") == other.count("HGMMA")
+    assert kernel.count("LDGSTS.E.BYPASS.128") == kernel.count("LDGSTS") == 8, "16 bytes a thread"
+    assert kernel.count("UTMALDG") == other.count("UTMALDG") - 1
 
 
 def test_chunks_bound_the_memory():

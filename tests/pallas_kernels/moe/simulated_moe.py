@@ -4,8 +4,10 @@ import contextlib
 import functools
 
 import jax
+from jax import lax
+from jax.experimental import pallas as pl
 
-from pallas_kernels.moe import api, dispatch, mosaic_gpu_dispatch
+from pallas_kernels.moe import api, dispatch, mosaic_gpu, mosaic_gpu_dispatch, row_fetch
 
 
 def value_and_gradients(x, ids, gates, experts, dy, **how):
@@ -28,6 +30,19 @@ def dispatched(ids, *, num_experts, programs):
         _changed(mosaic_gpu_dispatch, rank_pairs=kernel),
     ):
         return dispatch.moe_dispatch(ids, num_experts=num_experts)
+
+
+def fetched_forward(*args, **how):
+    """`mosaic_gpu.forward`; rows are fetched by plain loads, since the simulator has no others."""
+
+    def start(rows, target):
+        def copy(n, _):
+            target[pl.ds(n, 1)] = rows.table[pl.ds(rows.numbers[n], 1)]
+
+        lax.fori_loop(0, rows.numbers.shape[0], copy, None)
+
+    with _changed(row_fetch, start=start, wait=lambda latest: None):
+        return mosaic_gpu.forward(*args, **how)
 
 
 @contextlib.contextmanager
