@@ -4,7 +4,7 @@
     python -m experiments.bench_moe --workloads gh200 sonic_7b
     python -m experiments.bench_moe --small --scratch   # every layer shrunk: runs on a CPU
 
-Ours, with each policy of what to save, beside
+Ours, with each policy of what to save, and with rows fetched in the kernel, beside
   materialised  gather into [E, C, D], batched products, weighted scatter; C fits the fullest expert
   ragged_dot    rows sorted by expert, `jax.lax.ragged_dot`
   tokamax       the same with tokamax's `ragged_dot`, where it is installed
@@ -13,7 +13,8 @@ Ours, with each policy of what to save, beside
 All are differentiated by JAX but ours, and compute the same (dense: as many multiply-adds). The
 answers are compared first; one that differs ends the run. Saved bytes are those that `jax.vjp`
 keeps besides weights, peak bytes those of the compiled program. One JSON file and plots go to
-experiments/results/bench_moe/.
+experiments/results/bench_moe/; which way to get rows was faster goes to pallas_kernels/moe/tuned/,
+where `moe_ffn` looks it up (a GPU's layers at full size only).
 """
 
 import argparse
@@ -31,11 +32,15 @@ from jax import lax
 from experiments import record, report
 from pallas_kernels import moe_dispatch, moe_ffn
 from pallas_kernels._timing import Timing, time_interleaved
+from pallas_kernels.moe.config import Fetch, MoeConfig
+from pallas_kernels.moe.tuning import Layer, tuned_path, write_tuned
 from pallas_kernels.moe.workloads import WORKLOADS, MoeWorkload
 
 SEED = 0
 TOLERANCE = 3e-2  # of the largest value: bf16 products, summed in other orders
 PASSES = ("forward", "gradient")
+FETCHED = "ours, fused fetch"
+GATHERED = "ours, gate_up"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,12 @@ class Case:
         matrices = 3 if self.activation == "swiglu" else 2
         forward = 2 * matrices * w.num_pairs * w.width * w.hidden
         return forward if pass_name == "forward" else 3 * forward
+
+    def layer(self) -> Layer:
+        """As tuned choices name it."""
+        w = self.workload
+        gated = self.activation == "swiglu"
+        return Layer(w.num_pairs, w.num_experts, w.width, w.hidden, gated)
 
     def arrays(self) -> tuple[Any, ...]:
         """x, expert ids, gates and weights, made on the device; w_gate is None without a gate."""
@@ -99,12 +110,15 @@ def _activate(activation: str, gate: jax.Array | None, up: jax.Array) -> jax.Arr
     return jax.nn.silu(gate) * up
 
 
-def ours(case: Case, save: Any) -> Callable[..., jax.Array]:
+def ours(case: Case, save: Any, fetch: Fetch = "gather") -> Callable[..., jax.Array]:
     """`moe_ffn` on its best backend."""
+    w = case.workload
+    sizes = MoeConfig.heuristic(w.num_pairs, w.num_experts)
+    config = dataclasses.replace(sizes, fetch=fetch)
 
-    def run(x, ids, gates, w_gate, w_up, w_down):
-        weights = (w_gate, w_up, w_down)
-        return moe_ffn(x, ids, gates, *weights, activation=case.activation, save=save)
+    def run(x, ids, gates, *weights):
+        how = {"activation": case.activation, "save": save, "config": config}
+        return moe_ffn(x, ids, gates, *weights, **how)
 
     return run
 
@@ -162,6 +176,7 @@ def variants(case: Case, ids: jax.Array) -> dict[str, Callable[..., jax.Array]]:
     """Everything that computes this case here."""
     fullest = int(np.bincount(np.asarray(ids).reshape(-1)).max())
     found = {f"ours, {save}": ours(case, save) for save in ("gate_up", "gate_up_fp8", "x")}
+    found[FETCHED] = ours(case, "gate_up", "fused")
     found["materialised"] = materialised(case, -(-fullest // 128) * 128)
     found["ragged_dot"] = ragged(case, lax.ragged_dot)
     try:
@@ -291,6 +306,21 @@ def main() -> None:
     )
     plot(path, chosen, found)
     print(f"wrote {path}")
+    if not (options.small or options.scratch):
+        choices: list[tuple[Layer, Fetch]] = [
+            (case.layer(), faster(found[name, "forward"]))
+            for name, case in chosen.items()
+            if case.workload.skew == 0
+        ]
+        device = jax.devices()[0].device_kind
+        write_tuned(tuned_path(), choices, {"result": path.name, "device": device})
+        print(f"wrote {tuned_path()}")
+
+
+def faster(by_variant: dict[str, Measured]) -> Fetch:
+    """The way to get rows whose median is the lower."""
+    gathered, fetched = (by_variant[name].timing.p50_us for name in (GATHERED, FETCHED))
+    return "fused" if fetched < gathered else "gather"
 
 
 def _options() -> argparse.Namespace:

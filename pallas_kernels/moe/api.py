@@ -17,6 +17,7 @@ from pallas_kernels.moe.activation import ACTIVATIONS, Activation, is_gated
 from pallas_kernels.moe.config import KERNEL_MULTIPLE, MoeConfig, kernel_problem
 from pallas_kernels.moe.dispatch import moe_dispatch
 from pallas_kernels.moe.ref import Experts
+from pallas_kernels.moe.tuning import Layer, tuned_config
 
 type Save = Literal["gate_up", "gate_up_fp8", "x"]
 
@@ -69,7 +70,8 @@ def moe_ffn(
       backend: "xla"; "mosaic_gpu" for bf16 x on Hopper, which fills D and H up to multiples of
         128 with zeros if need be (copies of x and weights, and bytes kept, of these sizes); or
         None for the best supported. A name never falls back.
-      config: tile sizes; None takes the heuristic.
+      config: tile sizes, and whether the kernels' forward pass gathers or fetches its rows; None
+        takes what was measured best for such a layer (`tuned_config`), else the heuristic.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, K > E, a gate missing or not wanted.
@@ -87,9 +89,9 @@ def moe_ffn(
     ids = jnp.asarray(expert_ids, jnp.int32)
     if ids.size == 0:
         return jnp.zeros_like(x)
-    tiles = config or MoeConfig.heuristic(ids.size, w_up.shape[0])
-    how = _How(activation, save, chunk_tokens, chosen, tiles)
-    width = x.shape[1]
+    num_experts, width, hidden = w_up.shape
+    layer = Layer(ids.size, num_experts, width, hidden, is_gated(activation))
+    how = _How(activation, save, chunk_tokens, chosen, config or tuned_config(layer))
     if chosen == "mosaic_gpu":
         x, experts = filled_up(x, experts)
     y: Any = _ffn(x, ids, gates.astype(jnp.float32), experts, how)

@@ -1,8 +1,11 @@
 """Tile sizes of the MoE feed-forward network."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
+
+type Fetch = Literal["gather", "fused"]
 
 KERNEL_MULTIPLE = 128
 """D and H that the kernels take are multiples of this; others are filled up."""
@@ -16,13 +19,18 @@ class MoeConfig:
       tile_rows: pairs of one expert that the XLA reference computes at once.
       programs: thread blocks of each kernel; 132 is one for each multiprocessor of an H200.
       shared_tiles: row tiles that a kernel takes through all columns before the next ones.
+      fetch: how the kernels' forward pass gets rows of x to their experts: "gather" makes a copy of
+        them by XLA, "fused" fetches them in the kernel. The bits are the same.
     """
 
     tile_rows: int = 128
     programs: int = 132
     shared_tiles: int = 8
+    fetch: Fetch = "gather"
 
     def __post_init__(self):
+        if self.fetch not in ("gather", "fused"):
+            raise ValueError(f"MoeConfig.fetch is {self.fetch!r}; expected 'gather' or 'fused'")
         for name in ("tile_rows", "programs", "shared_tiles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"MoeConfig.{name} is {getattr(self, name)}; expected at least 1")

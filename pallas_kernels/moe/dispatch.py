@@ -13,6 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Int, Int32
 
+from pallas_kernels._backend import Backend, resolve
+
 SORT_FREE_EXPERTS = 256
 """Most experts for which ranks are counted; beyond, sorting costs less than a row of counters."""
 
@@ -45,6 +47,7 @@ def moe_dispatch(
     *,
     num_experts: int,
     method: Method | None = None,
+    backend: Backend | None = None,
     checked: bool = False,
 ) -> Dispatch:
     """Groups the (token, slot) pairs by expert; deterministic, all on the device.
@@ -53,34 +56,41 @@ def moe_dispatch(
       expert_ids: the K experts of each token. An id outside 0 … E - 1 is routed nowhere, which
         suits padding. An expert named twice gets the token twice.
       num_experts: E.
-      method: "count" ranks pairs by counting in blocks; "sort" sorts them, stably. The result is
-        the same. None sorts on a CPU and for more than 256 experts, and counts otherwise.
+      method: of the XLA backend: "count" ranks pairs by counting in blocks, "sort" sorts them,
+        stably. None sorts on a CPU and for more than 256 experts, and counts otherwise.
+      backend: "xla"; "mosaic_gpu" counts on Hopper's tensor cores, up to 256 experts; or None for
+        the better supported (XLA's, if a method is named). The result is the same.
       checked: raises for ids that are out of range; needs concrete ids, so cannot be traced.
 
     Raises:
       ValueError: E < 1, K > E, an unknown method, or (checked) an id that is no expert.
+      BackendError: the named backend cannot run this call.
 
-    Cost: "count" takes 64 + E comparisons a pair, in nine kernels without a loop on a GPU, and
-    there memory for N·E/64 counts beside the result; "sort" one stable sort of N keys.
+    Cost: "mosaic_gpu" reads the ids once and writes ranks once, and takes 2·64·E multiply-adds a
+    pair on tensor cores; "count" 64 + E comparisons a pair, in nine kernels without a loop on a
+    GPU, and there memory for N·E/64 counts beside the result; "sort" one stable sort of N keys.
     Source: MoEBlaze (arXiv 2601.05296), the four structures; ranks by counts of blocks instead of
     its [T, E] map.
     """
-    _check(expert_ids, num_experts, method)
+    _check(expert_ids, num_experts, method, backend)
     if checked:
         _check_ids(expert_ids, num_experts)
     ids = jnp.asarray(expert_ids, jnp.int32)
     flat = ids.reshape(-1)
     routed = (flat >= 0) & (flat < num_experts)
-    # Pairs that go nowhere belong to an expert E, behind all the others.
-    group = jnp.where(routed, flat, num_experts)
-    positions, offsets = _order(group, num_experts + 1, method)
-    slots = ids.shape[1]
-    tokens = jnp.arange(flat.size, dtype=jnp.int32) // slots
+    if _backend(backend, method, flat.size, num_experts) == "mosaic_gpu":
+        positions, offsets = _by_kernel(flat, num_experts)
+    else:
+        # Pairs that go nowhere belong to an expert E, behind all the others.
+        group = jnp.where(routed, flat, num_experts)
+        positions, offsets = _order(group, num_experts + 1, method)
+        offsets = offsets[:-1]
+    tokens = jnp.arange(flat.size, dtype=jnp.int32) // ids.shape[1]
     return Dispatch(
-        jnp.zeros_like(flat)
-        .at[positions]
-        .set(jnp.where(routed, tokens, -1), unique_indices=True, mode="promise_in_bounds"),
-        offsets[:-1],
+        jnp.full_like(flat, -1)
+        .at[jnp.where(routed, positions, flat.size)]
+        .set(tokens, unique_indices=True, mode="drop"),
+        offsets,
         flat,
         jnp.where(routed, positions, -1).reshape(ids.shape),
     )
@@ -126,6 +136,39 @@ def group_tiles(offsets: Int32[jax.Array, "E1"], num_pairs: int, tile_rows: int)
     return Tiles(expert, offsets[expert] + inside, size, ends[-1].astype(jnp.int32))
 
 
+def _backend(
+    backend: Backend | None, method: Method | None, num_pairs: int, num_experts: int
+) -> Backend:
+    """The backend of a call; without a name the kernel only where it does less than XLA."""
+
+    def problem() -> str | None:
+        if num_experts > SORT_FREE_EXPERTS:
+            return f"there are {num_experts} experts, and it counts {SORT_FREE_EXPERTS} at most"
+        return "there is nothing to count" if num_pairs == 0 else None
+
+    if backend is None and method is not None:
+        return "xla"
+    return resolve("moe_dispatch", backend, problem, wgmma=True)
+
+
+def _by_kernel(ids: Int32[jax.Array, "N"], num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """(place of each pair in expert order, offsets [E + 1]); places of the unrouted are any."""
+    from pallas_kernels.moe import mosaic_gpu_dispatch  # 1 s of imports that the CPU never needs
+
+    ranks, counts, share = mosaic_gpu_dispatch.rank_pairs(ids, num_experts=num_experts)
+    starts, offsets = _starts(counts)
+    owner = jnp.arange(ids.size, dtype=jnp.int32) // share
+    return starts[owner, jnp.clip(ids, 0, num_experts - 1)] + ranks, offsets
+
+
+def _starts(counts: Int32[jax.Array, "B G"]) -> tuple[jax.Array, jax.Array]:
+    """(first place of each block's pairs of a group [B, G], group starts [G + 1])."""
+    ends = jnp.cumsum(counts, axis=0)
+    totals = jnp.cumsum(ends[-1], dtype=jnp.int32)
+    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), totals])
+    return offsets[:-1] + ends - counts, offsets
+
+
 def _order(group: Int32[jax.Array, "N"], num_groups: int, method: Method | None):
     """Sorting wins on a CPU, which has neither a sort's many kernels to launch nor their waits."""
     count, sort = (partial(rank, num_groups=num_groups) for rank in (_by_count, _by_sort))
@@ -150,9 +193,7 @@ def _by_count(group: Int32[jax.Array, "N"], num_groups: int) -> tuple[jax.Array,
     inside = jnp.sum(same, axis=2, dtype=jnp.int32).reshape(-1)[: group.size]
     members = blocks[:, None, :] == jnp.arange(num_groups, dtype=jnp.int32)[:, None]
     counts = jnp.sum(members, axis=2, dtype=jnp.int32)
-    ends = jnp.cumsum(counts, axis=0)
-    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(ends[-1], dtype=jnp.int32)])
-    starts = offsets[:-1] + ends - counts
+    starts, offsets = _starts(counts)
     block = jnp.arange(group.size, dtype=jnp.int32) // _BLOCK
     return starts[block, group] + inside, offsets
 
@@ -165,7 +206,7 @@ def _by_sort(group: Int32[jax.Array, "N"], num_groups: int) -> tuple[jax.Array, 
     return positions, jnp.searchsorted(group[order], edges).astype(jnp.int32)
 
 
-def _check(expert_ids, num_experts: int, method: Method | None) -> None:
+def _check(expert_ids, num_experts: int, method: Method | None, backend) -> None:
     if num_experts < 1:
         raise ValueError(f"moe_dispatch: num_experts is {num_experts}; expected at least 1")
     if expert_ids.shape[1] > num_experts:
@@ -174,6 +215,11 @@ def _check(expert_ids, num_experts: int, method: Method | None) -> None:
         )
     if method not in (None, "count", "sort"):
         raise ValueError(f"moe_dispatch: method is {method!r}; expected 'count', 'sort' or None")
+    if method and backend == "mosaic_gpu":
+        raise ValueError(
+            f"moe_dispatch: method {method!r} is XLA's, and backend 'mosaic_gpu' has none; pass "
+            "one or the other"
+        )
 
 
 def _check_ids(expert_ids, num_experts: int) -> None:

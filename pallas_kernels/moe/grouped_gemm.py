@@ -1,8 +1,8 @@
 """What the MoE kernels share: a persistent, warp-specialised loop over tiles of matrix products.
 
-A program has three warpgroups. The last one fills a ring of shared-memory stages by TMA; the first
-two multiply, each its half of a tile's 128 rows, and run the epilogue. The ring goes on from tile
-to tile, so the next tile's operands arrive while this one's results are written.
+A program has three warpgroups. The last one fills a ring of shared-memory stages by TMA, or row by
+row; the first two multiply, each its half of a tile's 128 rows, and run the epilogue. The ring goes
+on from tile to tile, so the next tile's operands arrive while this one's results are written.
 """
 
 import math
@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.moe import row_fetch
 from pallas_kernels.moe.groups import TILE_ROWS
 
 HALF_ROWS = TILE_ROWS // 2  # rows of one compute warpgroup
@@ -23,7 +24,8 @@ TILE_DEPTH = 64  # of the summed dimension, a stage
 _SLOTS = 2  # results of a warpgroup that may be on their way to memory
 _OUTBOX_BYTES = 2 * _SLOTS * HALF_ROWS * 128
 _SHARED_BYTES = 224 * 1024  # of 227 KiB; the compiler needs the rest
-_PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 24, 240
+_REGISTERS = (24, 240)  # of a producer's and a compute warpgroup's threads
+_FETCHING_REGISTERS = (40, 232)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Gemm:
       programs: thread blocks; they share the work.
       dtype: of the results that go through the outbox.
       other_bytes: shared memory beside the ring and the outbox.
+      fetches: the first operand is fetched row by row.
     """
 
     name: str
@@ -45,11 +48,21 @@ class Gemm:
     programs: int
     dtype: Any = jnp.bfloat16
     other_bytes: int = 0
+    fetches: bool = False
 
     @property
-    def copies(self) -> int:
-        """TMA copies that fill a stage."""
+    def arrivals(self) -> int:
+        """Of a full stage: one for each TMA copy, and one for all rows that are fetched."""
         return sum(math.prod(shape[:-2]) for shape in self.operands)
+
+    @property
+    def lag(self) -> int:
+        """Stages after a row fetch that its arrival is told.
+
+        All but two: compute frees a stage when it has the next one, so a longer lag would wait for
+        itself.
+        """
+        return self.stages - 2
 
     @property
     def chunk(self) -> int:
@@ -111,12 +124,14 @@ def run(
       ring: (operand buffers, full barriers, empty barriers), which `call` gives the kernel.
       num_works: () -> i32; work w belongs to program w mod programs.
       num_steps: work -> steps along the summed dimension; may be 0.
-      load: work -> (step, copy): calls copy(source, n, *block) for each block of each operand n.
+      load: work -> (step, copy): calls copy(source, n, *block) for each block of each operand n;
+        the source is a reference, or `row_fetch.Rows` if the kernel fetches its first operand.
       multiply: (accumulators, operands of a stage): issues the wgmmas.
       epilogue: (work, accumulators as values).
       prologue: (work), before the products, on the compute warpgroups.
     """
     buffers, full, empty = ring
+    producer_registers, compute_registers = _FETCHING_REGISTERS if gemm.fetches else _REGISTERS
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
 
     def each_work(body):
@@ -126,8 +141,14 @@ def run(
         own_works = lax.div(num_works() - program + gemm.programs - 1, gemm.programs)
         return lax.fori_loop(0, own_works, step, jnp.int32(0))
 
+    def tell(stage, latest):
+        """Tells compute that the rows of a stage are there; `latest` fetches may be under way."""
+        row_fetch.wait(latest)
+        plgpu.commit_smem()  # wgmma reads through another proxy than the copies wrote
+        plgpu.barrier_arrive(full.at[lax.rem(stage, gemm.stages)])
+
     def produce():
-        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(producer_registers, action="decrease")
 
         def fill(work, done):
             load_stage = load(work)
@@ -141,15 +162,24 @@ def run(
 
                 def copy(source, n, *block):
                     target = buffers[n].at[(slot, *block)]
-                    plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+                    if isinstance(source, row_fetch.Rows):
+                        row_fetch.start(source, target)
+                    else:
+                        plgpu.copy_gmem_to_smem(source, target, full.at[slot])
 
                 load_stage(step, copy)
+                if gemm.fetches:
+                    due = done + step - gemm.lag
+                    pl.when(due >= 0)(lambda: tell(due, gemm.lag))
 
             steps = num_steps(work)
             lax.fori_loop(0, steps, stage, None)
             return done + steps
 
         done = each_work(fill)
+        if gemm.fetches:
+            last = jnp.maximum(done - gemm.lag, 0)
+            lax.fori_loop(last, done, lambda stage, _: tell(stage, 0), None)
 
         def drain(step, _):
             plgpu.barrier_wait(empty.at[lax.rem(step, gemm.stages)])
@@ -157,7 +187,7 @@ def run(
         lax.fori_loop(jnp.maximum(done - gemm.stages, 0), done, drain, None)
 
     def compute():
-        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(compute_registers, action="increase")
 
         def tile(work, done):
             steps = num_steps(work)
@@ -237,7 +267,7 @@ def call(
     buffers = [swizzled((gemm.stages, *shape)) for shape in gemm.operands]
     own_scratch = [
         *buffers,
-        plgpu.Barrier(num_arrivals=gemm.copies, num_barriers=gemm.stages),
+        plgpu.Barrier(num_arrivals=gemm.arrivals, num_barriers=gemm.stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=gemm.stages),
         swizzled((2, _SLOTS, HALF_ROWS, gemm.chunk), gemm.dtype, rows=1),
         *scratch,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from pallas_kernels._backend import Backend
 from pallas_kernels.moe.activation import Activation, is_gated
 from pallas_kernels.moe.api import Save, saved_bytes
-from pallas_kernels.moe.config import MoeConfig
+from pallas_kernels.moe.config import Fetch, MoeConfig
 from pallas_kernels.moe.groups import TILE_ROWS
 
 _ROUTING_BYTES = 32  # a pair: the routing structures, and what building them needs
@@ -54,6 +54,7 @@ class MoeShape:
       weight_itemsize: bytes of an element of the weights; None means those of x.
       biases: whether the experts have biases (in the dtype of the weights).
       backend: "mosaic_gpu", or "xla" as compiled for a CPU.
+      fetch: the kernels' `MoeConfig.fetch`.
     """
 
     num_tokens: int
@@ -68,6 +69,7 @@ class MoeShape:
     weight_itemsize: int | None = None
     biases: bool = False
     backend: Backend = "mosaic_gpu"
+    fetch: Fetch = "gather"
 
     @property
     def num_weights(self) -> int:
@@ -152,8 +154,12 @@ def _kernel_passes(shape: MoeShape, kept: int) -> tuple[int, int]:
     cast = shape.num_weights * itemsize if shape.weight_itemsize not in (None, itemsize) else 0
     sums = 8 * shape.num_weights if shape.num_chunks > 1 else 0
     common = kept + cast + _ROUTING_BYTES * pairs
-    # Gathered rows, then expert outputs; the activation. In fp8 gate and up are encoded from bf16.
-    forward = rows * (width + hidden) * itemsize + gate_up * (shape.save == "gate_up_fp8")
+    # The activation, beside it gathered rows, then expert outputs, of one size: what is fetched
+    # saves traffic, and memory only with fp8, where gate and up are encoded from bf16.
+    outputs = rows * width * itemsize
+    gathered = outputs * (shape.fetch == "gather")
+    encoded = gate_up * (shape.save == "gate_up_fp8")
+    forward = rows * hidden * itemsize + max(gathered + encoded, outputs)
     # Rows of x and dy, then of dx; gradients of gate and up, and the weighted activation.
     backward = rows * (2 * width + (matrices + 1) * hidden) * itemsize + sums
     again = shape.save != "gate_up" or shape.num_chunks > 1  # computed, decoded, or a chunk's copy

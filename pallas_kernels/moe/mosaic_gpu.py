@@ -1,9 +1,10 @@
 """The forward pass of `moe_ffn` on Hopper's tensor cores.
 
-Rows of x are gathered by XLA into groups that start on tile boundaries, one group an expert, with
-zeroed rows behind its pairs. `project` multiplies them with both input matrices of their expert and
-applies the activation; `contract` multiplies the result with the output matrix. What the gradient
-keeps, gate and up, is written without padding, row n for pair n.
+Rows of x stand in groups that start on tile boundaries, one group an expert: XLA gathers them, with
+zeroed rows behind an expert's pairs, or the kernel fetches them. `project` multiplies them with
+both input matrices of their expert and applies the activation; `contract` multiplies the result
+with the output matrix. What the gradient keeps, gate and up, is written without padding, row n for
+pair n.
 """
 
 import functools
@@ -31,6 +32,7 @@ from pallas_kernels.moe.groups import (
     group_rows,
 )
 from pallas_kernels.moe.ref import Experts, Kept
+from pallas_kernels.moe.row_fetch import Rows
 
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # one value a column of an accumulator
 _TAIL = 8  # rows that are written apart: the last ones of an expert, if fewer than eight
@@ -42,8 +44,9 @@ def scalars(groups: Groups) -> tuple[Array, ...]:
     return tiles.expert, tiles.start, tiles.size, tiles.used.reshape(1)
 
 
-def _project_kernel(expert, start, size, used, x, *refs, gemm, activation, group, keep, biased):
+def _project_kernel(expert, start, size, used, *refs, gemm, activation, group, keep, biased):
     """hidden = f(x · w_gate) ⊙ (x · w_up), or f(x · w_up), row tile by row tile."""
+    tokens, x, *refs = refs if gemm.fetches else (None, *refs)
     count = len(gemm.accumulators)
     weights, refs = refs[:count], refs[count:]
     biases, refs = refs[: count * biased], refs[count * biased :]
@@ -64,7 +67,10 @@ def _project_kernel(expert, start, size, used, x, *refs, gemm, activation, group
 
         def stage(step, copy):
             depth = pl.ds(step * TILE_DEPTH, TILE_DEPTH)
-            copy(x.at[rows, depth], 0)
+            if tokens is None:
+                copy(x.at[rows, depth], 0)
+            else:
+                copy(Rows(x.at[:, depth], tokens.at[rows]), 0)
             for n, weight in enumerate(weights):
                 copy(weight.at[own, depth, across], n + 1)
 
@@ -152,7 +158,7 @@ class Projected(NamedTuple):
 
 
 def project(
-    x_rows: BFloat16[Array, "P D"],
+    x: BFloat16[Array, "R D"],
     groups: Groups,
     offsets: Int32[Array, "E1"],
     experts: Experts,
@@ -161,16 +167,19 @@ def project(
     activation: Activation,
     keep: bool,
     activated: bool = True,
+    fetches: bool = False,
     config: MoeConfig,
 ) -> Projected:
     """The input products of every expert, and the activation before its output product.
 
     Args:
-      x_rows, groups, offsets, num_pairs: rows and where they stand.
+      x: rows in groups [P, D]; or tokens [T, D], of which the kernel fetches its rows.
+      groups, offsets, num_pairs: where rows stand.
       experts: weights and biases, bf16.
       activation: see `moe_ffn`.
       keep: writes gate and up.
       activated: writes the activation.
+      fetches: x are tokens. Rows without a pair then are those of token 0, and as unused.
       config: how the kernel runs.
     """
     weights, biases = input_weights(experts), _input_biases(experts)
@@ -181,10 +190,11 @@ def project(
         ((TILE_ROWS, TILE_DEPTH), *[(TILE_DEPTH, columns)] * len(weights)),
         (columns,) * len(weights),
         config.programs,
+        fetches=fetches,
     )
     store_rows = max(num_pairs, HALF_ROWS)  # no copy may be larger than its target
     shapes = [(store_rows, hidden), (num_experts, _TAIL, hidden)] * (len(weights) * keep)
-    shapes += [(x_rows.shape[0], hidden)] * activated
+    shapes += [(groups.tokens.size, hidden)] * activated
     out = grouped_gemm.call(
         gemm,
         functools.partial(
@@ -197,7 +207,8 @@ def project(
         ),
         [jax.ShapeDtypeStruct(shape, gemm.dtype) for shape in shapes],
         *scalars(groups),
-        x_rows,
+        *[groups.tokens] * fetches,
+        x,
         *weights,
         *biases,
     )
@@ -336,14 +347,16 @@ def forward(
         x, ids, gates, _ = part
         dispatch = moe_dispatch(ids, num_experts=experts.w_up.shape[0])
         groups = group_rows(dispatch)
+        fetches = config.fetch == "fused"
         projected = project(
-            gather_rows(x, groups),
+            x if fetches else gather_rows(x, groups),
             groups,
             dispatch.expert_token_offsets,
             experts,
             num_pairs=ids.size,
             activation=activation,
             keep=keep is not None,
+            fetches=fetches,
             config=config,
         )
         terms: list[Any] = [(projected.hidden, experts.w_down)]

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.aot import aot_available, compile_for_h200
-from pallas_kernels.moe import moe_dispatch, moe_ffn, saved_bytes
+from pallas_kernels.moe import MoeConfig, moe_dispatch, moe_ffn, saved_bytes
+from pallas_kernels.moe.groups import gather_rows, group_rows
+from pallas_kernels.moe.mosaic_gpu import project
+from pallas_kernels.moe.ref import Experts
 from pallas_kernels.moe.workloads import WORKLOADS
 
 pytestmark = [
@@ -28,6 +31,12 @@ STAGE = {
 }
 
 
+def gemms(report):
+    """The kernels that multiply; the one that counts pairs has a test of its own."""
+    names = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
+    return [kernel for kernel in names if "moe_dispatch" not in kernel.name]
+
+
 def check(report, names):
     for name in names:
         kernel = report.kernel(f"{name}_mosaic_gpu")
@@ -40,8 +49,7 @@ def check(report, names):
         assert issued % count == 0, "a whole number of stages"
         assert kernel.count("UTMALDG") >= 2
         assert kernel.count("UTMASTG") >= 2
-    mosaic = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
-    assert len(mosaic) == len(names)
+    assert len(gemms(report)) == len(names)
     for kernel in report.kernels:
         atomics = re.findall(r"\b(?:atom|red)\.(?:global|relaxed|acq_rel|release)\S*", kernel.ptx)
         assert not atomics, f"{kernel.name} would not be deterministic"
@@ -89,11 +97,44 @@ def test_biases_and_activations(activation):
         return y, pull(x)
 
     report = compile_for_h200(run, x, ids, gates, w_gate, w_up, w_down, biases)
-    kernels = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
+    kernels = gemms(report)
     assert len(kernels) == len(STAGE)
     for kernel in kernels:
         assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0
         assert kernel.count("HGMMA") > 0
+
+
+@pytest.mark.parametrize("name", ["conf1", "sonic_7b"])
+def test_fetched_rows_need_no_copy(name):
+    """The projection alone: gathered rows exist beside its results, or do not."""
+    w = WORKLOADS[name]
+    x, ids, _, *weights = w.shapes()
+
+    def run(fetch, x, ids, w_gate, w_up, w_down):
+        dispatch = moe_dispatch(ids, num_experts=w.num_experts)
+        groups = group_rows(dispatch)
+        projected = project(
+            x if fetch else gather_rows(x, groups),
+            groups,
+            dispatch.expert_token_offsets,
+            Experts(w_gate, w_up, w_down, None, None, None),
+            num_pairs=w.num_pairs,
+            activation="swiglu",
+            keep=False,
+            fetches=fetch,
+            config=MoeConfig(),
+        )
+        return projected.hidden
+
+    gathered, fetched = (
+        compile_for_h200(functools.partial(run, fetch), x, ids, *weights) for fetch in (False, True)
+    )
+    assert gathered.temp_bytes - fetched.temp_bytes == 2 * w.rows_bound() * w.width
+    check(fetched, ["moe_project"])
+    kernel, other = (r.kernel("moe_project_mosaic_gpu") for r in (fetched, gathered))
+    assert kernel.count("HGMMA") == other.count("HGMMA")
+    assert kernel.count("LDGSTS.E.BYPASS.128") == kernel.count("LDGSTS") == 8, "16 bytes a thread"
+    assert kernel.count("UTMALDG") == other.count("UTMALDG") - 1
 
 
 def test_chunks_bound_the_memory():
@@ -106,9 +147,22 @@ def test_chunks_bound_the_memory():
     assert report.temp_bytes < transient + results + 64 * chunk.num_pairs
 
 
-def test_dispatch_is_a_few_kernels_without_a_loop():
+@pytest.mark.parametrize("num_experts", [8, 256])
+def test_dispatch_counts_on_tensor_cores_in_a_few_kernels_without_a_loop(num_experts):
     ids = jax.ShapeDtypeStruct((24_576, 8), jnp.int32)
-    report = compile_for_h200(functools.partial(moe_dispatch, num_experts=128), ids)
+    report = compile_for_h200(functools.partial(moe_dispatch, num_experts=num_experts), ids)
+    kernel = report.kernel("moe_dispatch_mosaic_gpu")  # no name means the kernel
+    assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0
+    issued = kernel.count(f"HGMMA.64x{max(16, num_experts)}x16")
+    assert issued == kernel.count("HGMMA")
+    assert issued == 2 * 64 // 16, "two products of 64 pairs, in a loop that is not unrolled"
     assert "while" not in report.hlo_text
-    assert len(report.kernels) <= 10
-    assert report.temp_bytes < 24 * ids.size
+    assert len(report.kernels) <= 7
+    assert report.temp_bytes < 8 * ids.size
+
+
+def test_dispatch_of_many_experts_and_by_name_is_left_to_xla():
+    ids = jax.ShapeDtypeStruct((24_576, 8), jnp.int32)
+    for how in ({"num_experts": 128, "method": "count"}, {"num_experts": 257}):
+        report = compile_for_h200(functools.partial(moe_dispatch, **how), ids)
+        assert not [kernel for kernel in report.kernels if "mosaic" in kernel.name]

@@ -5,6 +5,8 @@ import pytest
 
 from experiments import bench_moe
 from pallas_kernels import moe_saved_bytes
+from pallas_kernels._timing import Timing
+from pallas_kernels.moe.tuning import Layer
 
 
 @pytest.mark.slow
@@ -13,7 +15,8 @@ def test_variants_agree_and_ours_saves_what_is_promised(name):
     case = bench_moe.small(bench_moe.cases()[name])
     found, checks = bench_moe.measure(case, "gradient", repeats=1)
     peers = {"materialised", "ragged_dot"}
-    assert {"ours, gate_up", "ours, gate_up_fp8", "ours, x", "dense", *peers} <= set(found)
+    mine = {"ours, gate_up", "ours, gate_up_fp8", "ours, x", bench_moe.FETCHED}
+    assert {"dense", *mine, *peers} <= set(found)
     assert all(checks[name] < bench_moe.TOLERANCE for name in peers)
     w = case.workload
     for save in ("gate_up", "gate_up_fp8", "x"):
@@ -41,6 +44,17 @@ def test_a_wrong_answer_ends_the_run(monkeypatch):
     )
     with pytest.raises(SystemExit, match=r"conf1 forward materialised: wrong by 0\.(1|09)"):
         bench_moe.measure(case, "forward", repeats=1)
+
+
+def test_the_faster_way_to_get_rows_is_the_choice():
+    def measured(us):
+        return bench_moe.Measured(Timing((us,)), 0, 0)
+
+    for gathered, fetched, wanted in ((2.0, 1.0, "fused"), (1.0, 2.0, "gather")):
+        found = {bench_moe.GATHERED: measured(gathered), bench_moe.FETCHED: measured(fetched)}
+        assert bench_moe.faster(found) == wanted
+    case = bench_moe.cases()["conf3_silu"]
+    assert case.layer() == Layer(262_144, 16, 1024, 4096, gated=False)
 
 
 def test_cases_are_those_of_the_literature():

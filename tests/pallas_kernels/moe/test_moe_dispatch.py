@@ -1,5 +1,6 @@
 """The routing structures equal those of a stable sort, however they are built."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import moe_dispatch
+from pallas_kernels import BackendError, moe_dispatch
+from pallas_kernels._testing import simulate
+from pallas_kernels.moe import dispatch as dispatch_module
+from pallas_kernels.moe import mosaic_gpu_dispatch
 from pallas_kernels.moe.dispatch import group_tiles
 
 
@@ -30,9 +34,17 @@ dispatch: Any = jax.jit(moe_dispatch, static_argnames=("num_experts", "method"))
 
 
 def check(ids, num_experts, method):
-    actual = dispatch(jnp.asarray(ids), num_experts=num_experts, method=method)
+    equal(dispatch(jnp.asarray(ids), num_experts=num_experts, method=method), ids, num_experts)
+
+
+def equal(actual, ids, num_experts):
     for mine, theirs in zip(actual, naive(ids, num_experts), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def random_ids(seed, tokens, slots, num_experts, padded):
+    rng = np.random.default_rng(seed)
+    return rng.integers(-padded, num_experts + padded, (tokens, slots)).astype(np.int32)
 
 
 @pytest.mark.parametrize("method", ["count", "sort"])
@@ -53,10 +65,55 @@ def test_published_example(method):
     st.integers(0, 2**16),
 )
 def test_equals_a_stable_sort(tokens, slots, num_experts, padded, seed):
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(-1 if padded else 0, num_experts + padded, (tokens, slots)).astype(np.int32)
+    ids = random_ids(seed, tokens, slots, num_experts, padded)
     check(ids, num_experts, "count")
     check(ids, num_experts, "sort")
+
+
+def ranks_by_definition(ids, *, num_experts, programs):
+    """What the kernel is to return, for `programs` shares of whole blocks of 64."""
+    ids = np.asarray(ids)
+    share = 64 * -(-ids.size // (64 * programs))
+    own = ids[:, None] == np.arange(num_experts)
+    shares = [own[at : at + share] for at in range(0, ids.size, share)]
+    before = np.concatenate([np.cumsum(rows, axis=0) - rows for rows in shares])
+    ranks = (before * own).sum(1).astype(np.int32)
+    counts = np.stack([rows.sum(0) for rows in shares]).astype(np.int32)
+    return jnp.asarray(ranks), jnp.asarray(counts), share
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([1, 37, 130]),
+    st.sampled_from([1, 3]),
+    st.sampled_from([1, 2, 5]),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+def test_shares_of_the_kernel_join_to_a_stable_sort(tokens, slots, programs, padded, seed):
+    ids = random_ids(seed, tokens, slots, 7, padded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch_module, "_backend", lambda *_: "mosaic_gpu")
+        kernel = partial(ranks_by_definition, programs=programs)
+        patch.setattr(mosaic_gpu_dispatch, "rank_pairs", kernel)
+        equal(moe_dispatch(ids, num_experts=7), ids, 7)
+
+
+@pytest.mark.slow
+def test_simulated_kernel_equals_a_stable_sort_without_races():
+    """Shares of several blocks, the last one not full; experts that fill columns, and that do not.
+
+    40 experts have ids with digits in two pieces and a padded column; 16 fill theirs.
+    """
+    cases = [(0, 75, 2, 16, True, 2), (1, 100, 3, 40, True, 2), (2, 65, 1, 256, False, 1)]
+    given_ids = [random_ids(*case[:5]) for case in cases]
+    calls = [
+        ((ids,), {"num_experts": case[3], "programs": case[5]})
+        for ids, case in zip(given_ids, cases, strict=True)
+    ]
+    results = simulate("simulated_moe:dispatched", calls, timeout_s=400)
+    for found, ids, case in zip(results, given_ids, cases, strict=True):
+        equal(found, ids, case[3])
 
 
 @pytest.mark.parametrize("num_experts", [1, 4, 72, 256, 1920])
@@ -123,3 +180,18 @@ def test_errors(monkeypatch):
         moe_dispatch(ids, num_experts=0)
     with pytest.raises(ValueError, match="method is 'radix'"):
         moe_dispatch(ids, num_experts=3, method="radix")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="method 'sort' is XLA's"):
+        moe_dispatch(ids, num_experts=3, method="sort", backend="mosaic_gpu")
+    with pytest.raises(BackendError, match="moe_dispatch: backend 'mosaic_gpu' cannot run"):
+        moe_dispatch(ids, num_experts=3, backend="mosaic_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("num_experts", [1, 8, 40, 72, 128, 256])
+@pytest.mark.parametrize("pairs", [1, 65, 3001, 196_608])
+def test_kernel_on_a_gpu(pairs, num_experts):
+    ids = random_ids(pairs, pairs, 1, num_experts, True)
+    run = jax.jit(partial(moe_dispatch, num_experts=num_experts, backend="mosaic_gpu"))
+    assert "moe_dispatch_mosaic_gpu" in (run.lower(ids).compile().as_text() or "")
+    equal(run(ids), ids, num_experts)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from simulated_moe import residuals, value_and_gradients
@@ -127,6 +128,25 @@ def test_simulated_forward_equals_reference_without_races():
             close(np.where(routed, store, 0), np.where(routed, want, 0))
 
 
+@pytest.mark.slow
+def test_simulated_fetch_equals_the_gather_to_the_bit_without_races():
+    """Ring, lag and barriers of the fetch over several tiles; its copies are plain loads here.
+
+    The rows of token 0, which stand where there is no pair, are poisoned: no pair may see them.
+    """
+    gathered, fetched = (dataclasses.replace(CONFIG, fetch=fetch) for fetch in ("gather", "fused"))
+    x, ids, gates, experts = arguments("empty", width=256, hidden=128)
+    x[0], ids[0] = np.nan, -1
+    # Nothing is kept: the simulator counts copies where the outbox waits for groups of them, some
+    # of which are empty for a half tile without pairs, and would report a race that is none.
+    how = {"activation": "swiglu", "keep": None, "chunk_tokens": None}
+    case = (x, ids, np.nan_to_num(gates), experts)
+    calls = [(case, how | {"config": config}) for config in (gathered, fetched)]
+    want, got = simulate("simulated_moe:fetched_forward", calls, timeout_s=400)
+    assert np.isfinite(np.asarray(got[0], np.float32)).all()
+    np.testing.assert_array_equal(got[0], want[0])
+
+
 def hidden_of(args):
     return args[3].w_up.shape[2]
 
@@ -190,9 +210,12 @@ def test_kept_bytes_are_the_formula(save, chunk_tokens, activation):
     assert kept - weights == formula
 
 
-def test_unsupported_calls_are_explained():
+def test_unsupported_calls_are_explained(monkeypatch):
     assert "x is float32" in (kernel_problem(jax.ShapeDtypeStruct((64, 128), jnp.float32)) or "")
     assert kernel_problem(jax.ShapeDtypeStruct((1, 100), jnp.bfloat16)) is None
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"MoeConfig\.fetch is 'tma'"):
+        MoeConfig(fetch="tma")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "silu"])
@@ -278,6 +301,18 @@ class TestOnGpu:
         for got, again, want in zip(first, second, run("xla"), strict=True):
             np.testing.assert_array_equal(got, again)
             close(got, want, 5e-2 if save == "gate_up_fp8" else 2e-2)
+
+    @pytest.mark.parametrize("name", ["empty", "one takes all", "whole tiles"])
+    def test_fetched_rows_give_the_bits_of_gathered_ones(self, name):
+        x, ids, gates, experts = jax.tree.map(jnp.asarray, arguments(name, width=384, hidden=640))
+        gates = jnp.nan_to_num(gates)
+
+        def run(fetch):
+            weights, config = experts[:3], MoeConfig(fetch=fetch)
+            return moe_ffn(x, ids, gates, *weights, backend="mosaic_gpu", config=config)
+
+        compiled = jax.jit(run, static_argnums=0)
+        np.testing.assert_array_equal(compiled("fused"), compiled("gather"))
 
     @pytest.mark.parametrize("activation", ["swiglu", "geglu", "silu"])
     def test_activations_and_biases(self, activation):
