@@ -129,12 +129,14 @@ def test_fetched_rows_need_no_copy(name):
     gathered, fetched = (
         compile_for_h200(functools.partial(run, fetch), x, ids, *weights) for fetch in (False, True)
     )
-    assert gathered.temp_bytes - fetched.temp_bytes == 2 * w.rows_bound() * w.width
+    saved, rows = gathered.temp_bytes - fetched.temp_bytes, w.rows_bound()
+    # The rows themselves, less their tokens' numbers, which the fetch reads from memory.
+    assert 2 * rows * w.width - 8 * rows <= saved <= 2 * rows * w.width
     check(fetched, ["moe_project"])
     kernel, other = (r.kernel("moe_project_mosaic_gpu") for r in (fetched, gathered))
     assert kernel.count("HGMMA") == other.count("HGMMA")
     assert kernel.count("LDGSTS.E.BYPASS.128") == kernel.count("LDGSTS") == 8, "16 bytes a thread"
-    assert kernel.count("UTMALDG") == other.count("UTMALDG") - 1
+    assert kernel.count("UTMALDG") == 2, "the weights"
 
 
 def test_chunks_bound_the_memory():
@@ -156,7 +158,7 @@ def test_dispatch_counts_on_tensor_cores_in_a_few_kernels_without_a_loop(num_exp
     issued = kernel.count(f"HGMMA.64x{max(16, num_experts)}x16")
     assert issued == kernel.count("HGMMA")
     assert issued == 2 * 64 // 16, "two products of 64 pairs, in a loop that is not unrolled"
-    assert "while" not in report.hlo_text
+    assert " while(" not in report.hlo_text
     assert len(report.kernels) <= 7
     assert report.temp_bytes < 8 * ids.size
 
