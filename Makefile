@@ -22,7 +22,7 @@ lint: .setup
 	$(RUN) pyright
 
 aot: $(UV_HOME)/ready  ## compile every kernel for an H200, without one
-	$(AOT) pytest -n 2 --dist worksteal -m aot
+	$(AOT) pytest -n 2 --dist worksteal --timeout 900 -m aot
 	$(AOT) python -m pallas_kernels.aot
 
 bench: .setup
