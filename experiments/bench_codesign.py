@@ -27,7 +27,8 @@ from pallas_kernels.ivf.workloads import WORKLOADS, IvfWorkload
 
 BLOCK_WORDS = 128  # of a piece of the catalogue that the filter looks at
 _TILE_WORDS = TILE_ROWS // 32
-_SCANNED = ("queries", "centroids", "codes", "scales", "tile_offsets", "live")
+SCANNED = ("queries", "centroids", "codes", "scales", "tile_offsets", "live")
+"""Arguments of `ivf_search` before its mask."""
 COPY = "copy"
 
 
@@ -64,7 +65,7 @@ class Case:
 
     def scan(self, ivf: dict[str, jax.Array], mask: jax.Array, **options: Any) -> Any:
         """The IVF search with a mask for each query."""
-        return self.ivf.run(*(ivf[name] for name in _SCANNED), mask, **options)
+        return self.ivf.run(*(ivf[name] for name in SCANNED), mask, **options)
 
     def _blocks(self, ivf: dict[str, jax.Array]) -> jax.Array:
         """Pieces of the catalogue that the probed lists lie in, -1 for none; i32[Q, pieces]."""

@@ -38,7 +38,7 @@ class MoeMemory(NamedTuple):
     def peak(self) -> int:
         """Everything that the program needs at once.
 
-        Compiled programs are within 10 %; for an H200 they need up to 15 % less with fp8 and up to
+        Compiled programs are within 10 %; for an H200 they need up to 18 % less with fp8 and up to
         30 % less with chunks.
         """
         return self.arguments + self.results + self.temporaries

@@ -10,7 +10,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from experiments.bench_codesign import Case
+from experiments.bench_codesign import SCANNED, Case
 from jaxrec.retrieval import ItemIndex
 from pallas_kernels.aot import aot_available, compile_for_h200
 from pallas_kernels.ivf.workloads import WORKLOADS
@@ -88,8 +88,7 @@ def test_ten_million_items_take_little_beside_the_index(monkeypatch):
 def test_filter_and_scan_of_twenty_million_items(probed):
     """SilverTorch's end-to-end case, as `experiments.bench_codesign` runs it."""
     case = Case(WORKLOADS["20m_128"])
-    names = ("queries", "centroids", "codes", "scales", "tile_offsets", "live")
-    ivf = dict(zip(names, case.ivf.shapes(), strict=False))
+    ivf = dict(zip(SCANNED, case.ivf.shapes(), strict=False))
     report = compile_for_h200(
         functools.partial(case.search, probed=probed), case.bloom.shapes(), ivf
     )
