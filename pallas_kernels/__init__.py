@@ -1,6 +1,6 @@
 """GPU kernels for recommenders, each with an XLA reference that defines what is correct."""
 
-from pallas_kernels._backend import Backend, BackendError
+from pallas_kernels._backend import Backend, BackendError, tuned_file
 from pallas_kernels.bloom import MAX_DEPTH as BLOOM_MAX_DEPTH
 from pallas_kernels.bloom import BloomMasks, BloomOp, bloom_build, bloom_search, bloom_update, mix64
 from pallas_kernels.bloom import row_hashes as bloom_row_hashes
@@ -39,4 +39,5 @@ __all__ = [
     "quantise",
     "rescore",
     "softmax_attention",
+    "tuned_file",
 ]

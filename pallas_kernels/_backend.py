@@ -1,6 +1,7 @@
 """Backend choice, written once: no name means the best supported one, a name never falls back."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -52,6 +53,12 @@ def resolve(
         f"{op}: backend 'mosaic_gpu' cannot run this call: {problem}. "
         "Pass backend=None for the best supported backend, or backend='xla'."
     )
+
+
+def tuned_file(folder: Path, name: str) -> Path:
+    """Where a folder of tuned choices keeps those for this kind of device."""
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "_")
+    return folder / kind / name
 
 
 def _device_problem(wgmma: bool) -> str | None:

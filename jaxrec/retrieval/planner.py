@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from jaxrec.retrieval.ivf_index import IVFIndex, rank_lists
-from pallas_kernels import IVF_TILE_ROWS
+from pallas_kernels import IVF_TILE_ROWS, tuned_file
 
 TUNED = Path(__file__).parent / "tuned"
 SMALL_ROWS = 2_048
@@ -98,8 +97,7 @@ def tuned_costs() -> CostModel:
 
 def tuned_path() -> Path:
     """Where the constants of this kind of device are recorded."""
-    kind = jax.devices()[0].device_kind.lower().replace(" ", "_")
-    return TUNED / kind / "ivf_planner.json"
+    return tuned_file(TUNED, "ivf_planner.json")
 
 
 def make_plan(

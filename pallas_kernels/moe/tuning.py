@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
+from pallas_kernels._backend import tuned_file
 from pallas_kernels.moe.config import Fetch, MoeConfig
 from pallas_kernels.moe.groups import TILE_ROWS
 
@@ -85,8 +84,7 @@ def tuned_config(layer: Layer) -> MoeConfig:
 
 def tuned_path() -> Path:
     """Where the choices for this kind of device are recorded."""
-    kind = jax.devices()[0].device_kind.lower().replace(" ", "_")
-    return TUNED / kind / "moe_ffn.json"
+    return tuned_file(TUNED, "moe_ffn.json")
 
 
 def write_tuned(
