@@ -67,36 +67,82 @@ device_description_str: "NVIDIA H200"
 
 
 @dataclass(frozen=True)
+class _Module:
+    """What one PTX file holds, assembled when somebody asks."""
+
+    ptx: str = field(repr=False)
+    launch_smem: int
+
+    @functools.cached_property
+    def assembled(self) -> tuple[str, bytes]:
+        """(what the assembler says, machine code)."""
+        target = re.search(r"^\.target (\w+)", self.ptx, re.MULTILINE)
+        arch = target[1] if target else "sm_90a"
+        with tempfile.TemporaryDirectory() as folder:
+            ptx, cubin = Path(folder) / "kernels.ptx", Path(folder) / "kernels.cubin"
+            ptx.write_text(self.ptx)
+            log = _run(_tool("ptxas") or "", "-v", f"-arch={arch}", "-o", cubin, ptx)
+            return log, cubin.read_bytes()
+
+
+@dataclass(frozen=True)
 class KernelReport:
     """One kernel of a compiled program.
 
+    It is assembled, and disassembled, when somebody asks for what that tells: most programs hold
+    many kernels of XLA's that nobody asks about.
+
     Attributes:
       name: entry function.
-      registers: for each thread.
-      spill_store_bytes, spill_load_bytes, stack_bytes: local memory for each thread.
-      smem_bytes: shared memory for each block.
-      ptx: source of the module that the kernel belongs to.
-      cubin: its machine code.
+      module: the PTX that it is part of.
     """
 
     name: str
-    registers: int
-    spill_store_bytes: int
-    spill_load_bytes: int
-    stack_bytes: int
-    smem_bytes: int
-    ptx: str = field(repr=False)
-    cubin: bytes = field(repr=False)
+    module: _Module
+
+    @property
+    def ptx(self) -> str:
+        """Source of the module that the kernel belongs to."""
+        return self.module.ptx
+
+    @functools.cached_property
+    def _assembler_log(self) -> str:
+        own = rf"Compiling entry function '{re.escape(self.name)}'(.*?)(?=Compiling entry|\Z)"
+        found = re.search(own, self.module.assembled[0], re.DOTALL)
+        if found is None:
+            raise RuntimeError(f"ptxas says nothing of {self.name}: {self.module.assembled[0]}")
+        return found[1]
+
+    @property
+    def registers(self) -> int:
+        """For each thread."""
+        return _number(r"Used (\d+) registers", self._assembler_log)
+
+    @property
+    def spill_store_bytes(self) -> int:
+        """Registers written to local memory, for each thread."""
+        return _number(r"(\d+) bytes spill stores", self._assembler_log)
+
+    @property
+    def spill_load_bytes(self) -> int:
+        """Registers read back, for each thread."""
+        return _number(r"(\d+) bytes spill loads", self._assembler_log)
+
+    @property
+    def stack_bytes(self) -> int:
+        """Local memory of each thread."""
+        return _number(r"(\d+) bytes stack", self._assembler_log)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of each block."""
+        return self.module.launch_smem or _number(r"(\d+) bytes smem", self._assembler_log)
 
     @functools.cached_property
     def instructions(self) -> Counter[str]:
-        """Machine instructions by their full name, such as LDG.E.128; disassembled when asked for.
-
-        Disassembling takes longer than compiling, and most programs hold many kernels of XLA's that
-        nobody asks about.
-        """
+        """Machine instructions by their full name, such as LDG.E.128."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(self.cubin)
+            Path(file.name).write_bytes(self.module.assembled[1])
             return _parse_sass(_run(_tool("cuobjdump") or "", "-sass", file.name))[self.name]
 
     def count(self, opcode: str) -> int:
@@ -177,7 +223,7 @@ def compile_for_h200(
       RuntimeError: the tools are missing (`aot_available` says which).
       Exception: whatever the compiler says to a program that it rejects.
 
-    Cost: about half a second for each of XLA's own kernels, one to six for a hand-written one.
+    Cost: one to six seconds for each hand-written kernel.
     """
     if reason := aot_available():
         raise RuntimeError(f"cannot compile for H200 here: {reason}")
@@ -259,27 +305,10 @@ def _run(*command: str | Path) -> str:
 
 
 def _read(ptx: Path) -> list[KernelReport]:
-    """Assembles one PTX file and reports on its kernels."""
-    target = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
-    cubin = ptx.with_suffix(".cubin")
-    arch = target[1] if target else "sm_90a"
-    log = _run(_tool("ptxas") or "", "-v", f"-arch={arch}", "-o", cubin, ptx)
-    launch_smem = _launch_smem(ptx)
-    return [
-        KernelReport(
-            name=name,
-            registers=_number(r"Used (\d+) registers", text),
-            spill_store_bytes=_number(r"(\d+) bytes spill stores", text),
-            spill_load_bytes=_number(r"(\d+) bytes spill loads", text),
-            stack_bytes=_number(r"(\d+) bytes stack", text),
-            smem_bytes=launch_smem or _number(r"(\d+) bytes smem", text),
-            ptx=ptx.read_text(),
-            cubin=cubin.read_bytes(),
-        )
-        for name, text in re.findall(
-            r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL
-        )
-    ]
+    """The kernels of one PTX file."""
+    module = _Module(ptx.read_text(), _launch_smem(ptx))
+    names = re.findall(r"^\.visible \.entry (\w+)", module.ptx, re.MULTILINE)
+    return [KernelReport(name, module) for name in names]
 
 
 def _number(pattern: str, text: str) -> int:
@@ -299,10 +328,9 @@ def _parse_sass(listing: str) -> dict[str, Counter[str]]:
 
 def _launch_smem(ptx: Path) -> int:
     """Shared memory that a Mosaic kernel asks for at launch; its PTX alone does not tell."""
-    for text in ptx.parent.glob(f"{ptx.stem}.*.txt"):
-        if size := _number(r"dynamic_shared_memory_size %c(\d+)_i32", text.read_text()):
-            return size
-    return 0
+    passes = ptx.with_suffix(".mlir-passes.log")
+    text = passes.read_text() if passes.exists() else ""
+    return _number(r"dynamic_shared_memory_size %c(\d+)_i32", text)
 
 
 def _workloads() -> Iterator[tuple[str, str, Any]]:
@@ -317,7 +345,7 @@ def _workloads() -> Iterator[tuple[str, str, Any]]:
 
 
 def main() -> None:
-    """Prints registers, spills, shared memory and instructions of every kernel and workload."""
+    """Prints registers, spills, shared memory and instructions of every hand-written kernel."""
     jax.config.update("jax_platforms", "cpu")  # before the plugin looks for a driver
     if reason := aot_available():
         sys.exit(f"cannot compile for H200 here: {reason}")
@@ -327,6 +355,8 @@ def main() -> None:
         run = functools.partial(workload.run, backend="mosaic_gpu")
         report = compile_for_h200(run, *workload.shapes())
         for kernel in report.kernels:
+            if "mosaic_gpu" not in kernel.name:
+                continue
             spilled = kernel.spill_store_bytes + kernel.spill_load_bytes
             print(
                 f"| {op} | {name} | `{kernel.name}` | {kernel.registers} | {spilled} "

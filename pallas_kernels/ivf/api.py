@@ -3,6 +3,7 @@
 Letters: Q queries, D width, C lists, R rows (a multiple of 64), M masks, K results a query.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float, Float32, Int32, Shaped, UInt32
 from pallas_kernels._backend import Backend, resolve
 from pallas_kernels.ivf import ref
 from pallas_kernels.ivf.config import (
+    FEW,
     MAX_K,
     TILE_ROWS,
     IvfConfig,
@@ -97,9 +99,10 @@ def ivf_search(
     each group of rows. Scores exist for a block at a time. No gradient.
     """
     _check(queries, centroids, codes, tile_offsets, live, mask, mask_of_query, k, nprobe)
-    kernel_tiles = config or kernel_heuristic(
-        queries.shape[0], centroids.shape[0], nprobe, max_tiles, k, codes.shape
+    heuristic = functools.partial(
+        kernel_heuristic, queries.shape[0], centroids.shape[0], k=k, codes_shape=codes.shape
     )
+    kernel_tiles = config or heuristic(nprobe, max_tiles, probes_vary=probes is not None)
     chosen = resolve(
         "ivf_search",
         backend,
@@ -109,9 +112,11 @@ def ivf_search(
     if chosen == "mosaic_gpu" and isinstance(kernel_tiles, IvfKernelConfig):
         from pallas_kernels.ivf import mosaic_gpu  # 1 s of imports that the CPU never needs
 
+        few = max(1, nprobe // FEW), max(1, max_tiles // FEW)
         found = mosaic_gpu.ivf_search(
             queries, centroids, codes, scales, tile_offsets, live, mask, mask_of_query, probes,
             k=k, nprobe=nprobe, max_tiles=max_tiles, config=kernel_tiles,
+            few=None if probes is None else (*few, kernel_tiles if config else heuristic(*few)),
         )  # fmt: skip
         return IvfTopK(*found)
     full = nprobe == centroids.shape[0] and probes is None

@@ -18,6 +18,7 @@ HALF_SMEM_BYTES = 112 << 10  # two programs a multiprocessor: one computes while
 KEPT = (2, 4, 8, 16)
 SURVIVOR_COST_BYTES = 400  # bytes scanned in the time that a survivor takes to sort; an estimate
 TYPICAL_SHARE_OF_BOUND = 0.7  # tiles that a query scans, of the tiles of the largest lists
+FEW = 8  # a batch that scans at most this part of the lists and tiles has a program of its own
 BUSY_PROGRAMS = 528  # four programs on each of 132 multiprocessors
 
 
@@ -67,8 +68,8 @@ class IvfKernelConfig:
       stages: tiles in flight to shared memory.
       share: list-major: queries of a batch that probe the same list share programs. Otherwise
         query-major: every query has its own, which deal its tiles out among their lanes.
-      max_survivor_bytes: work with more survivors is cut in groups of queries or parts of the rows,
-        one after the other.
+      max_scratch_bytes: work whose slots take more is cut in groups of queries or parts of the
+        rows, one after the other.
     """
 
     block_queries: int = 8
@@ -76,7 +77,7 @@ class IvfKernelConfig:
     kept: int = 8
     stages: int = 4
     share: bool = False
-    max_survivor_bytes: int = 64 << 20
+    max_scratch_bytes: int = 40 << 20
 
     @property
     def tag_mask(self) -> int:
@@ -87,6 +88,11 @@ class IvfKernelConfig:
         """Shared memory of one program for rows of `width`, but for its barriers."""
         tiles = self.stages * TILE_ROWS * (width + 4)
         return tiles + self.block_queries * (width + 8 * self.slot_tiles + 256 * self.kept)
+
+    def slot_bytes(self, width: int) -> int:
+        """Scratch for each slot: survivors and their sort, mask words, tiles, codes of queries."""
+        survivors, tiles = self.kept * TILE_ROWS, self.slot_tiles
+        return 12 * survivors + (16 + 4) * tiles + width * (1 if self.share else self.block_queries)
 
     def num_programs(self, num_slots: int, distinct: int) -> int:
         """Static size of the grid: most programs that slots of `distinct` tile lists can need."""
@@ -109,9 +115,9 @@ def max_slots(nprobe: int, max_tiles: int, config: IvfKernelConfig, *, strided: 
     return max(1, min(max_tiles, (max_tiles + short * (length - 1)) // length))
 
 
-def group_queries(num_slots: int, config: IvfKernelConfig) -> int:
-    """Queries of `num_slots` slots whose survivors may exist together; at least one."""
-    return max(1, config.max_survivor_bytes // (num_slots * config.kept * TILE_ROWS * 4))
+def group_queries(num_slots: int, width: int, config: IvfKernelConfig) -> int:
+    """Queries of `num_slots` slots whose scratch may exist together; at least one."""
+    return max(1, config.max_scratch_bytes // (num_slots * config.slot_bytes(width)))
 
 
 def kernel_problem(
@@ -155,6 +161,8 @@ def kernel_heuristic(
     max_tiles: int,
     k: int,
     codes_shape: tuple[int, ...],
+    *,
+    probes_vary: bool = False,
 ) -> IvfKernelConfig:
     """Tiles chosen from shapes alone: of all that fit, those that cost least.
 
@@ -165,7 +173,7 @@ def kernel_heuristic(
     - Programs are many enough to fill the GPU if they can be; few have more tiles in flight.
     """
     num_rows, width = codes_shape
-    full = nprobe == num_lists
+    full = nprobe == num_lists and not probes_vary
     scanned = num_rows if full else max_tiles * TILE_ROWS * TYPICAL_SHARE_OF_BOUND
     tiles = num_rows // TILE_ROWS if full else max_tiles
     meeting = _queries_per_list(num_queries, num_lists, nprobe)

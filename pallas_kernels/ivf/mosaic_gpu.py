@@ -214,14 +214,15 @@ def _strided_slots(starts, sizes, num_slots: int, slot_tiles: int) -> _Slots:
     Rows of a list lie together and so do the best of a query; dealing spreads them over all lanes.
     """
     ends = jnp.cumsum(sizes, axis=1)
-    slot, step = jnp.arange(num_slots), jnp.arange(slot_tiles)
-    position = (slot[:, None] + step * num_slots).reshape(-1).astype(jnp.int32)
-    which = _first_after(ends, position)
-    first = jnp.take_along_axis(starts - (ends - sizes), which, axis=1)
+    count = num_slots * slot_tiles
+    position = jnp.arange(count, dtype=jnp.int32)
+    first = jnp.take_along_axis(starts - (ends - sizes), _first_after(ends, count), axis=1)
     used = position < ends[:, -1:]
-    shape = (starts.shape[0], num_slots, slot_tiles)
-    tiles = jnp.where(used, first + position, 0).reshape(shape)
-    return _Slots(tiles, jnp.sum(used.reshape(shape), axis=2, dtype=jnp.int32))
+    tiles, used = (
+        x.reshape(-1, slot_tiles, num_slots).swapaxes(1, 2)
+        for x in (jnp.where(used, first + position, 0), used)
+    )
+    return _Slots(tiles, jnp.sum(used, axis=2, dtype=jnp.int32))
 
 
 def _list_slots(starts, sizes, num_slots: int, slot_tiles: int) -> _Slots:
@@ -229,7 +230,7 @@ def _list_slots(starts, sizes, num_slots: int, slot_tiles: int) -> _Slots:
     pieces = (sizes + slot_tiles - 1) // slot_tiles
     ends = jnp.cumsum(pieces, axis=1)
     slot = jnp.arange(num_slots, dtype=jnp.int32)
-    which = _first_after(ends, slot)
+    which = _first_after(ends, num_slots)
 
     def own(of_list):
         return jnp.take_along_axis(of_list, which, axis=1)
@@ -241,10 +242,13 @@ def _list_slots(starts, sizes, num_slots: int, slot_tiles: int) -> _Slots:
     return _Slots(jnp.where(step < counts[..., None], tiles, 0), counts)
 
 
-def _first_after(ends: Int32[Array, "Q P"], positions: Int32[Array, "n"]) -> Int32[Array, "Q n"]:
-    """In each row the first end beyond each position, or the last."""
-    passed = jnp.sum(positions[:, None] >= ends[:, None, :], axis=2, dtype=jnp.int32)
-    return jnp.minimum(passed, ends.shape[1] - 1)
+def _first_after(ends: Int32[Array, "Q P"], count: int) -> Int32[Array, "Q {count}"]:
+    """In each row of rising `ends` the first beyond position 0, 1, … count - 1, or the last."""
+    if ends.shape[1] == 1:
+        return jnp.zeros((len(ends), count), jnp.int32)
+    each = jnp.arange(len(ends), dtype=jnp.int32)[:, None]
+    ending = jnp.zeros((len(ends), count), jnp.int32).at[each, ends].add(1, mode="drop")
+    return jnp.minimum(jnp.cumsum(ending, axis=1), ends.shape[1] - 1)
 
 
 def _programs(slots: _Slots, num_programs: int, config: IvfKernelConfig):
@@ -335,7 +339,7 @@ class _Scorer(NamedTuple):
         return jnp.where(keys > _MASKED, bound + jnp.abs(bound) * _ROUNDING, -jnp.inf)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "nprobe", "max_tiles", "config"))
+@functools.partial(jax.jit, static_argnames=("k", "nprobe", "max_tiles", "config", "few"))
 def ivf_search(
     queries: Float[Array, "Q D"],
     centroids: Float[Array, "C D"],
@@ -351,8 +355,12 @@ def ivf_search(
     nprobe: int,
     max_tiles: int,
     config: IvfKernelConfig,
+    few: tuple[int, int, IvfKernelConfig] | None = None,
 ) -> tuple[Float32[Array, "Q {k}"], Int32[Array, "Q {k}"], Bool[Array, "Q"]]:
     """`pallas_kernels.ivf_search` and `complete`, by the kernel.
+
+    `few` are (lists, tiles, config) of a second program: for batches whose `probes` stay below
+    these bounds, so that they do not pay for the largest.
 
     Work with more survivors than the configuration allows is cut: if all lists are probed in parts
     of the rows, which all queries pass together, else in groups of queries.
@@ -361,18 +369,28 @@ def ivf_search(
     if mask_of_query is None:
         mask_of_query = jnp.arange(num_queries, dtype=jnp.int32)
     query_codes, query_scales = ref.quantise(queries)
-    search = functools.partial(_search_tiles, codes, scales, live, mask, k=k, config=config)
+    search = functools.partial(_search_tiles, codes, scales, live, mask, k=k)
+    own = query_codes, query_scales, mask_of_query
     if nprobe == centroids.shape[0] and probes is None:
-        own = (query_codes, query_scales, mask_of_query)
-        found = _search_all(search, own, num_tiles, k, config)
-    else:
-        lists = ref._probed_lists(queries.astype(jnp.float32), centroids, nprobe)
-        sizes = (tile_offsets[1:] - tile_offsets[:-1])[lists]
-        if probes is not None:
-            sizes = jnp.where(jnp.arange(nprobe) < probes[:, None], sizes, 0)
-        own = (query_codes, query_scales, mask_of_query, tile_offsets[lists], sizes)
+        found = _search_all(functools.partial(search, config=config), own, num_tiles, k, config)
+        return found.scores, found.rows, found.bound <= found.scores[:, -1]
+    lists = ref._probed_lists(queries.astype(jnp.float32), centroids, nprobe)
+    starts, sizes = tile_offsets[lists], (tile_offsets[1:] - tile_offsets[:-1])[lists]
+    if probes is not None:
+        sizes = jnp.where(jnp.arange(nprobe) < probes[:, None], sizes, 0)
+
+    def probe(nprobe: int, max_tiles: int, config: IvfKernelConfig) -> _Found:
         distinct = num_tiles // config.slot_tiles + centroids.shape[0]
-        found = _search_groups(search, own, max_tiles, distinct, config)
+        each = (*own, starts[:, :nprobe], sizes[:, :nprobe])
+        by_tiles = functools.partial(search, config=config)
+        return _search_groups(by_tiles, each, max_tiles, distinct, config)
+
+    found = functools.partial(probe, nprobe, max_tiles, config)
+    if few is not None and probes is not None and few[0] < nprobe:
+        is_few = (probes.max() <= few[0]) & (jnp.sum(sizes, axis=1).max() <= few[1])
+        found = lax.cond(is_few, functools.partial(probe, *few), found)
+    else:
+        found = found()
     return found.scores, found.rows, found.bound <= found.scores[:, -1]
 
 
@@ -380,7 +398,7 @@ def _search_all(search, own, num_tiles: int, k: int, config: IvfKernelConfig) ->
     """Scans all rows, in parts."""
     num_queries = own[0].shape[0]
     num_slots = max_slots(1, num_tiles, config, strided=True)
-    num_parts = -(-num_queries // group_queries(num_slots, config))
+    num_parts = -(-num_queries // group_queries(num_slots, own[0].shape[1], config))
     tiles = -(-num_tiles // num_parts)
     num_slots = max_slots(1, tiles, config, strided=True)
     num_programs = config.num_programs(num_queries * num_slots, num_slots)
@@ -405,7 +423,7 @@ def _search_groups(
     num_queries, nprobe = own[-1].shape
     num_slots = max_slots(nprobe, max_tiles, config, strided=not config.share)
     make_slots = _list_slots if config.share else _strided_slots
-    size = min(group_queries(num_slots, config), num_queries)
+    size = min(group_queries(num_slots, own[0].shape[1], config), num_queries)
 
     def group(own):
         *query, starts, sizes = own

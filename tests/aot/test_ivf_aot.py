@@ -43,8 +43,10 @@ def scan(config, width):
 )
 def test_machine_code(block, kept, max_registers):
     """128 registers let two programs of two warpgroups share a multiprocessor."""
-    kernel = scan(IvfKernelConfig(block, 64, kept), 128).kernel(KERNEL)
+    config = IvfKernelConfig(block, 64, kept)
+    kernel = scan(config, 128).kernel(KERNEL)
     assert kernel.registers <= max_registers
+    assert 0 <= kernel.smem_bytes - config.smem_bytes(128) < 4096, "barriers and alignment"
     assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0
     assert kernel.count(f"IGMMA.64x{block}x32.S8.S8") + kernel.count("IGMMA") >= 128 // 32
     assert kernel.count("UTMALDG") >= 2 + block, "codes, scales and masks come by TMA"

@@ -125,7 +125,7 @@ def test_simulated_widths_and_blocks(width, config):
 @pytest.mark.slow
 def test_every_list_probed():
     """All rows dealt out, in one part and in several; queries that do not fill their blocks."""
-    cut = dataclasses.replace(SHARED, max_survivor_bytes=3 * 1024)
+    cut = dataclasses.replace(SHARED, max_scratch_bytes=3 * 4 * 1024)
     many = dataclasses.replace(SMALL, num_queries=9)
     cases = [
         case(SMALL, SHARED, nprobe=5),
@@ -138,7 +138,7 @@ def test_every_list_probed():
 
 @pytest.mark.slow
 def test_groups_of_queries_do_not_change_the_result():
-    cut = dataclasses.replace(OWN, max_survivor_bytes=4 * 1024)
+    cut = dataclasses.replace(OWN, max_scratch_bytes=4 * 4 * 1024)
     cases = [case(SMALL, OWN), case(SMALL, cut)]
     calls = [(tuple(arrays[name] for name in NAMES), options) for arrays, options in cases]
     whole, grouped = simulate(TARGET, calls, timeout_s=240)
@@ -213,6 +213,30 @@ def test_clustered_catalogue(k, num_queries, share, monkeypatch):
         search = functools.partial(untraced, **options)
         complete = check(jax.jit(search)(*[arrays[name] for name in NAMES]), arrays, options)
         assert np.mean(complete) >= (0.5 if share else 0.9), "lanes keep too little"
+
+
+@pytest.mark.parametrize("largest", [4, 8])
+def test_a_batch_of_few_probes_has_a_program_of_its_own(largest, monkeypatch):
+    """Batches on both sides of its bound find the best of the lists that each query probes."""
+    monkeypatch.setattr(mosaic_gpu, "ivf_scan", emulated_scan)
+    workload = IvfWorkload(20_000, 32, 64, 8, 50, 6, 0.5)
+    few = 4, 48, kernel_heuristic(6, 64, 4, 48, 50, (20_000, 32))
+    whole = kernel_heuristic(6, 64, 64, 400, 50, (20_000, 32), probes_vary=True)
+    probes = np.array([0, 1, 2, 3, 4, largest], np.int32)
+    arrays, options = case(workload, whole, nprobe=64, probes=probes)
+    untraced = mosaic_gpu.ivf_search.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
+    search = jax.jit(functools.partial(untraced, **options, few=few))
+    complete = check(search(*[arrays[name] for name in NAMES]), arrays, options)
+    assert np.mean(complete) >= 0.8
+
+
+def test_probes_that_vary_are_not_taken_for_a_scan_in_order():
+    """The best of few lists lie together, so lanes must keep more than those of all rows."""
+    sizes = 16, 4096, 4096, 160_000, 1_000, (10**7, 128)
+    assert kernel_heuristic(*sizes, probes_vary=True) != kernel_heuristic(*sizes)
+    few = kernel_heuristic(16, 4096, 512, 20_000, 1_000, (10**7, 128))
+    slots = max_slots(512, 20_000, few, strided=not few.share)
+    assert 16 * slots * few.slot_bytes(128) < 64e6
 
 
 @pytest.mark.parametrize(
