@@ -7,13 +7,15 @@ RUN := $(UV) run --quiet
 AOT := UV_PROJECT_ENVIRONMENT=.venv-aot JAX_PLATFORMS=cpu $(UV) run --quiet --group aot
 DATA ?=
 
-.PHONY: demo test lint aot bench gpu clean
+.PHONY: demo test slow lint aot bench gpu clean
 
 demo: .setup  ## data -> train -> publish -> filtered queries -> runs/quickstart*/report.html
 	$(RUN) python -m experiments.quickstart $(if $(DATA),--data $(DATA))
 
-test: .setup  ## everything that needs no GPU; slow tests last
+test: .setup  ## what needs neither a GPU nor patience
 	JAX_PLATFORMS=cpu $(RUN) pytest -n 2 --dist worksteal -m "not slow and not aot and not gpu"
+
+slow: .setup  ## simulated kernels, whole experiments, large sizes
 	JAX_PLATFORMS=cpu $(RUN) pytest -n 2 --dist worksteal -m "slow and not aot and not gpu"
 
 lint: .setup

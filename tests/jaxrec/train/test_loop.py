@@ -386,7 +386,6 @@ def run_program(folder, output, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.slow
 def test_killed_processes_end_as_the_unbroken_one(tmp_path):
     reference = run_program(tmp_path / "a", tmp_path / "a.npz")
     assert reference.returncode == 0, reference.stderr
