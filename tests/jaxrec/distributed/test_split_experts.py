@@ -106,7 +106,7 @@ def test_all_tokens_to_one_expert_and_none_to_the_others():
 
 
 def test_skewed_routing():
-    moe = layer(slots=3)
+    moe = layer()
     routed_to(moe, {0: 2.0, 1: 2.0, 5: 1.0, 6: -50.0})
     report, _ = assert_same(moe, make_mesh({"expert": 8}), tokens(64).at[:, 0].set(1))
     assert float(report.stats.max_over_mean) > 1.5
