@@ -271,8 +271,13 @@ def sample_vectors(
 ) -> Float32[Array, "S D"]:
     """Rows of random items, S = min(num_samples, items)."""
     rows = np.flatnonzero(np.asarray(index.row_ids) >= 0)
-    picked = jax.random.choice(key, len(rows), (min(num_samples, len(rows)),), replace=False)
-    return jnp.asarray(index.vectors)[rows[np.asarray(picked)]].astype(jnp.float32)
+    return _sample(key, index.vectors, rows, min(num_samples, len(rows)))
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _sample(key, vectors, rows, size: int):
+    picked = jax.random.choice(key, len(rows), (size,), replace=False)
+    return vectors[rows[picked]].astype(jnp.float32)
 
 
 @jax.jit
