@@ -90,7 +90,7 @@ def test_the_padding_row_never_counts():
     hidden, table, ids = case(4)
     hidden = hidden.at[:, 0].set(50.0)
     table = table.at[:, 0].set(-10.0)  # every item scores about -500 …
-    both = value_and_grad(lambda e: full_softmax_loss(hidden, e, ids))
+    both = jax.value_and_grad(lambda e: full_softmax_loss(hidden, e, ids))
     for padding in (0.0, 100.0):  # … and padding 0 or 5000
         loud = table.at[0].set(0).at[0, 0].set(padding)
         loss, grad = both(loud)
