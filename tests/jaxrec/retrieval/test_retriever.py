@@ -137,7 +137,7 @@ def test_excluded_items_are_left_out(retriever, batch, eligible):
 
 
 def test_results_do_not_depend_on_the_other_queries(retriever, batch):
-    filters = [FILTERS[0], FILTERS[1], FILTERS[1], FILTERS[0]]
+    filters = [FILTERS[0], FILTERS[1], FILTERS[0], FILTERS[0]]
     one, other = (retriever(batch, retriever.compile(f), k=K, nprobe=1) for f in (FILTERS, filters))
     np.testing.assert_array_equal(one.ids[:2], other.ids[:2])
     assert (np.asarray(one.ids[2:]) != np.asarray(other.ids[2:])).any(axis=1).all()
