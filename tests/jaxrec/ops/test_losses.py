@@ -20,10 +20,6 @@ def case(seed=0, *, dtype=jnp.float32, padded=(3, 20), magnitude=1.0):
     return hidden, table, jnp.asarray(target_ids)
 
 
-def value_and_grad(loss, **options):
-    return jax.jit(jax.value_and_grad(loss, **options))
-
-
 def wide(*arrays):
     return [np.asarray(x).astype(np.float64) for x in arrays]
 
@@ -47,7 +43,7 @@ def dense_full(hidden, table, target_ids):
 @pytest.mark.parametrize("max_logits", [1, V, 4 * V + 3, 7 * V, M * V, 1 << 22])
 def test_full_softmax_and_gradients(max_logits):
     hidden, table, ids = case()
-    loss, grads = value_and_grad(
+    loss, grads = jax.value_and_grad(
         lambda h, e: jnp.multiply(3, full_softmax_loss(h, e, ids, max_logits)), argnums=(0, 1)
     )(hidden, table)
     expected, *dense = dense_full(hidden, table, ids)
@@ -61,9 +57,9 @@ def test_full_softmax_and_gradients(max_logits):
 
 def test_full_softmax_of_bf16():
     hidden, table, ids = case(2, dtype=jnp.bfloat16)
-    loss, grads = value_and_grad(lambda h, e: full_softmax_loss(h, e, ids, 5 * V), argnums=(0, 1))(
-        hidden, table
-    )
+    loss, grads = jax.value_and_grad(
+        lambda h, e: full_softmax_loss(h, e, ids, 5 * V), argnums=(0, 1)
+    )(hidden, table)
     expected, *dense = dense_full(hidden, table, ids)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -76,9 +72,9 @@ def test_full_softmax_of_bf16():
 @pytest.mark.parametrize("magnitude", [1e3, 1e6])
 def test_large_logits_are_stable(magnitude):
     hidden, table, ids = case(3, magnitude=magnitude)
-    loss, grads = value_and_grad(lambda h, e: full_softmax_loss(h, e, ids, 4 * V), argnums=(0, 1))(
-        hidden, table
-    )
+    loss, grads = jax.value_and_grad(
+        lambda h, e: full_softmax_loss(h, e, ids, 4 * V), argnums=(0, 1)
+    )(hidden, table)
     expected, *dense = dense_full(hidden, table, ids)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for grad, true in zip(grads, dense, strict=True):
@@ -90,10 +86,9 @@ def test_the_padding_row_never_counts():
     hidden, table, ids = case(4)
     hidden = hidden.at[:, 0].set(50.0)
     table = table.at[:, 0].set(-10.0)  # every item scores about -500 …
-    both = jax.value_and_grad(lambda e: full_softmax_loss(hidden, e, ids))
     for padding in (0.0, 100.0):  # … and padding 0 or 5000
         loud = table.at[0].set(0).at[0, 0].set(padding)
-        loss, grad = both(loud)
+        loss, grad = jax.value_and_grad(lambda e: full_softmax_loss(hidden, e, ids))(loud)
         np.testing.assert_allclose(loss, dense_full(hidden, loud, ids)[0], rtol=1e-5)
         assert not np.asarray(grad[0]).any()
 
@@ -110,7 +105,7 @@ LOSSES = {
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_without_targets_the_loss_and_its_gradients_are_zero(loss):
     hidden, table, _ = case(6)
-    value, grads = value_and_grad(loss, argnums=(0, 1))(hidden, table, jnp.zeros(M, jnp.int32))
+    value, grads = jax.value_and_grad(loss, argnums=(0, 1))(hidden, table, jnp.zeros(M, jnp.int32))
     assert value == 0
     for grad in grads:
         assert not np.asarray(grad).any()
@@ -120,9 +115,8 @@ def test_without_targets_the_loss_and_its_gradients_are_zero(loss):
 def test_padded_targets_change_nothing(loss):
     hidden, table, ids = case(7)
     changed = hidden.at[3].set(9.0).at[20].set(-4.0)
-    both = value_and_grad(loss, argnums=(0, 1))
-    value, grads = both(hidden, table, ids)
-    again, changed_grads = both(changed, table, ids)
+    value, grads = jax.value_and_grad(loss, argnums=(0, 1))(hidden, table, ids)
+    again, changed_grads = jax.value_and_grad(loss, argnums=(0, 1))(changed, table, ids)
     np.testing.assert_allclose(value, again, rtol=1e-6)
     assert not np.asarray(grads[0][3]).any()
     assert not np.asarray(grads[0][20]).any()
@@ -175,9 +169,9 @@ def test_every_item_drawn_once_is_the_full_softmax():
     hidden, table, ids = case(10)
     everything = jnp.arange(1, V, dtype=jnp.int32)
     uniform = jnp.full(V, -np.log(V - 1), jnp.float32)
-    full = value_and_grad(full_softmax_loss, argnums=(0, 1))(hidden, table, ids)
+    full = jax.value_and_grad(full_softmax_loss, argnums=(0, 1))(hidden, table, ids)
     for log_q in (None, uniform):
-        value, grads = value_and_grad(
+        value, grads = jax.value_and_grad(
             lambda h, e, log_q=log_q: sampled_softmax_loss(h, e, ids, everything, log_q=log_q),
             argnums=(0, 1),
         )(hidden, table)
@@ -193,8 +187,8 @@ def test_log_q_undoes_a_skewed_draw():
     counts[0] = 0
     draws = jnp.asarray(np.repeat(np.arange(V), counts), jnp.int32)
     log_q = jnp.asarray(np.log(np.maximum(counts, 1) / counts.sum()), jnp.float32)
-    full = value_and_grad(full_softmax_loss, argnums=(0, 1))(hidden, table, ids)
-    value, grads = value_and_grad(
+    full = jax.value_and_grad(full_softmax_loss, argnums=(0, 1))(hidden, table, ids)
+    value, grads = jax.value_and_grad(
         lambda h, e: sampled_softmax_loss(h, e, ids, draws, log_q=log_q), argnums=(0, 1)
     )(hidden, table)
     np.testing.assert_allclose(value, full[0], rtol=1e-6)
