@@ -28,17 +28,6 @@ def dataset(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """The processes share what they compile."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    cache = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in cache.items():
-            patch.setitem(ENV, name, value)
-        yield
-
-
 def command(name, *arguments):
     return [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
 
