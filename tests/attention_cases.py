@@ -34,7 +34,8 @@ def gradients64(function: Callable, *args: np.ndarray) -> list[np.ndarray]:
     """Gradients of the weighted sum of a dense formula's output, all in float64."""
     with jax.enable_x64(True):
         wide = [jnp.asarray(x, jnp.float64) for x in args]
-        grads = jax.grad(lambda *xs: weighted_sum(function(*xs)), argnums=range(len(args)))(*wide)
+        gradient = jax.grad(lambda *xs: weighted_sum(function(*xs)), argnums=range(len(args)))
+        grads = jax.jit(gradient)(*wide)
         return [np.asarray(grad) for grad in grads]
 
 

@@ -396,9 +396,11 @@ class BloomIndex:
         million items at a time.
         """
         self.check_plan(plan)
-        filters = plan.distinct()
-        words = self.live.shape[0]
-        size = min(words, _EXACT_CHUNK_WORDS)
+        return self._exact_mask(plan, min(self.live.shape[0], _EXACT_CHUNK_WORDS))
+
+    @functools.partial(jax.jit, static_argnames="size")
+    def _exact_mask(self, plan, size: int):
+        filters, words = plan.distinct(), self.live.shape[0]
         places, lanes = jnp.arange(32 * size, dtype=jnp.int32), jnp.arange(32, dtype=jnp.uint32)
 
         def one_chunk(number, first_word):
@@ -418,6 +420,10 @@ class BloomIndex:
     def verify(self, plan: FilterPlan, rows: Int32[_Array, "Q M"]) -> Bool[Array, "Q M"]:
         """Whether each query's own items (bit positions) pass, exactly; False for -1. Traceable."""
         self.check_plan(plan)
+        return self._verify(plan, rows)
+
+    @jax.jit
+    def _verify(self, plan, rows):
         queries = jnp.broadcast_to(jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None], rows.shape)
         safe = jnp.maximum(rows, 0).ravel()
         passes = self._evaluate(plan, queries.ravel(), safe).reshape(rows.shape)

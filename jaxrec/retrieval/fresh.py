@@ -27,7 +27,7 @@ from jaxrec.retrieval.fresh_rows import (
     write_rows,
     write_rows_in_place,
 )
-from jaxrec.retrieval.item_index import Explanation, ItemIndex
+from jaxrec.retrieval.item_index import Explanation, ItemIndex, pick_rows
 from jaxrec.retrieval.ivf_index import IVFIndex, Metric, SearchResult
 from jaxrec.retrieval.masks import bit_at
 from jaxrec.retrieval.plan import FilterPlan
@@ -208,28 +208,14 @@ class LiveIndex:
 
     def gather(self, ids: Int[_Array, "*shape"]) -> dict[str, Array]:
         """The columns' values for these items, [*shape, ...] each; zeros for ids not held."""
-        main_rows, fresh_rows = _rows_in_parts(self, jnp.asarray(ids))
-
-        def pick(rows, column):
-            return jnp.asarray(column)[jnp.maximum(rows, 0)]
-
-        values = {}
-        for name, column in self.main.columns.items():
-            old, new = pick(main_rows, column), pick(fresh_rows, self.fresh.columns[name])
-            shape = main_rows.shape + (1,) * (old.ndim - main_rows.ndim)
-            old = jnp.where(main_rows.reshape(shape) >= 0, old, jnp.zeros((), old.dtype))
-            values[name] = jnp.where(fresh_rows.reshape(shape) >= 0, new, old)
-        return values
+        rows = _rows_in_parts(self, jnp.asarray(ids))
+        return _pick_in_parts(self.main.columns, self.fresh.columns, *rows)
 
     def vectors_of(self, ids: Int[_Array, "*shape"]) -> Float[Array, "*shape D"]:
         """The items' vectors in f32, as they are searched; zeros for ids not held."""
-        main_rows, fresh_rows = _rows_in_parts(self, jnp.asarray(ids))
-        old, new = (
-            jnp.asarray(part.ivf.vectors)[jnp.maximum(rows, 0)].astype(jnp.float32)
-            for part, rows in ((self.main, main_rows), (self.fresh, fresh_rows))
-        )
-        old = jnp.where((main_rows >= 0)[..., None], old, 0)
-        return jnp.where((fresh_rows >= 0)[..., None], new, old)
+        rows = _rows_in_parts(self, jnp.asarray(ids))
+        vectors = _pick_in_parts(self.main.ivf.vectors, self.fresh.ivf.vectors, *rows)
+        return vectors.astype(jnp.float32)
 
     @property
     def columns(self) -> Mapping[str, Any]:
@@ -490,6 +476,17 @@ def _rows_in_parts(index: LiveIndex, ids) -> tuple[Int32[Array, "*shape"], Int32
     parts = zip((index.main, index.fresh), rows, strict=True)
     main, fresh = (jnp.where(bit_at(part.ivf.live, own), own, -1) for part, own in parts)
     return main, fresh
+
+
+@jax.jit
+def _pick_in_parts(main, fresh, main_rows, fresh_rows):
+    """These rows of every column of the two parts; zeros where both have row -1."""
+
+    def merged(old, new):
+        is_new = (fresh_rows >= 0).reshape(fresh_rows.shape + (1,) * (new.ndim - fresh_rows.ndim))
+        return jnp.where(is_new, new, old)
+
+    return jax.tree.map(merged, pick_rows(main, main_rows), pick_rows(fresh, fresh_rows))
 
 
 @functools.partial(jax.jit, static_argnames=("k", "nprobe", "exact"))

@@ -247,20 +247,11 @@ class ItemIndex:
 
     def gather(self, ids: Int[_Array, "*shape"]) -> dict[str, Array]:
         """The columns' values for these items, [*shape, ...] each; zeros for ids not held."""
-        rows = self.ivf.rows_of(ids)
-
-        def pick(column):
-            picked = jnp.asarray(column)[jnp.maximum(rows, 0)]
-            held = (rows >= 0).reshape(rows.shape + (1,) * (picked.ndim - rows.ndim))
-            return jnp.where(held, picked, jnp.zeros((), picked.dtype))
-
-        return {name: pick(column) for name, column in self.columns.items()}
+        return pick_rows(self.columns, self.ivf.rows_of(ids))
 
     def vectors_of(self, ids: Int[_Array, "*shape"]) -> Float[Array, "*shape D"]:
         """The items' vectors in f32, as they are searched; zeros for ids not held."""
-        rows = self.ivf.rows_of(ids)
-        vectors = jnp.asarray(self.ivf.vectors)[jnp.maximum(rows, 0)].astype(jnp.float32)
-        return jnp.where((rows >= 0)[..., None], vectors, 0)
+        return pick_rows(self.ivf.vectors, self.ivf.rows_of(ids)).astype(jnp.float32)
 
     def explain(
         self,
@@ -287,12 +278,7 @@ class ItemIndex:
         rank = int(np.flatnonzero(np.asarray(rank_lists(ivf, query[None]))[0] == own)[0])
         mask = np.zeros((1, ivf.live.shape[0]), np.uint32)
         mask[0, row // 32] = np.uint32(1) << np.uint32(row[0] % 32)
-        parts: list[Literal["float", "int8"]] = ["float", "int8"]
-        score, code_score = (
-            float(search_rows(ivf, query[None], jnp.asarray(mask), k=1, nprobe=ivf.nlist,
-                              precision=part).scores[0, 0])
-            for part in parts
-        )  # fmt: skip
+        score, code_score = map(float, _best_scores(ivf, query[None], mask))
         return Explanation(
             rejected_by=self.bloom.explain(filter, int(row[0])),
             list_rank=rank,
@@ -317,6 +303,26 @@ class ItemIndex:
             case Strategy.SCAN:
                 cost = float(costs.scan(num_rows, 1, width))
         return Route(Strategy(strategy), eligible, probes, cost / 1e3)
+
+
+@jax.jit
+def pick_rows(columns: Any, rows: Int32[Array, "*shape"]) -> Any:
+    """These rows of every column; zeros for row -1."""
+
+    def pick(column):
+        picked = column[jnp.maximum(rows, 0)]
+        held = (rows >= 0).reshape(rows.shape + (1,) * (picked.ndim - rows.ndim))
+        return jnp.where(held, picked, jnp.zeros((), picked.dtype))
+
+    return jax.tree.map(pick, columns)
+
+
+@jax.jit
+def _best_scores(ivf, query, mask):
+    """The best score among the rows of the mask, from the vectors and from their codes."""
+    parts: list[Literal["float", "int8"]] = ["float", "int8"]
+    found = (search_rows(ivf, query, mask, k=1, nprobe=ivf.nlist, precision=part) for part in parts)
+    return [part.scores[0, 0] for part in found]
 
 
 @functools.partial(jax.jit, static_argnames="options")

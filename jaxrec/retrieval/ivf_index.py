@@ -244,21 +244,7 @@ class IVFIndex:
 
         Cost: a binary search, log2(R) gathers an id.
         """
-        ids, row_ids = jnp.asarray(ids), jnp.asarray(self.row_ids)
-        order = jnp.asarray(self.id_order)
-        num_rows = len(order)
-
-        def halve(_, bounds):
-            low, high = bounds
-            middle = (low + high) // 2
-            before = row_ids[order[jnp.minimum(middle, num_rows - 1)]] < ids
-            before &= low < high
-            return jnp.where(before, middle + 1, low), jnp.where(before, high, middle)
-
-        bounds = jnp.zeros_like(ids), jnp.full_like(ids, num_rows)
-        low, _ = lax.fori_loop(0, num_rows.bit_length(), halve, bounds)
-        rows = order[jnp.minimum(low, num_rows - 1)]
-        return jnp.where((ids >= 0) & (row_ids[rows] == ids), rows, -1)
+        return _rows_of(self.row_ids, self.id_order, jnp.asarray(ids))
 
     def delete(self, ids: Int[_Array, "M"]) -> "IVFIndex":
         """A new index without these items. Rows stay where they are, so Bloom rows stay valid.
@@ -285,8 +271,30 @@ def sample_vectors(
 ) -> Float32[Array, "S D"]:
     """Rows of random items, S = min(num_samples, items)."""
     rows = np.flatnonzero(np.asarray(index.row_ids) >= 0)
-    picked = jax.random.choice(key, len(rows), (min(num_samples, len(rows)),), replace=False)
-    return jnp.asarray(index.vectors)[rows[np.asarray(picked)]].astype(jnp.float32)
+    return _sample(key, index.vectors, rows, min(num_samples, len(rows)))
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _sample(key, vectors, rows, size: int):
+    picked = jax.random.choice(key, len(rows), (size,), replace=False)
+    return vectors[rows[picked]].astype(jnp.float32)
+
+
+@jax.jit
+def _rows_of(row_ids, order, ids) -> Int32[Array, "*shape"]:
+    num_rows = len(order)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) // 2
+        before = row_ids[order[jnp.minimum(middle, num_rows - 1)]] < ids
+        before &= low < high
+        return jnp.where(before, middle + 1, low), jnp.where(before, high, middle)
+
+    bounds = jnp.zeros_like(ids), jnp.full_like(ids, num_rows)
+    low, _ = lax.fori_loop(0, num_rows.bit_length(), halve, bounds)
+    rows = order[jnp.minimum(low, num_rows - 1)]
+    return jnp.where((ids >= 0) & (row_ids[rows] == ids), rows, -1)
 
 
 def list_of_row(index: IVFIndex, rows: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
@@ -302,6 +310,7 @@ def as_queries(index: IVFIndex, queries: Float[_Array, "*Q D"]) -> Float32[Array
     return normalise(queries.reshape(-1, queries.shape[-1])).reshape(queries.shape)
 
 
+@jax.jit
 def rank_lists(index: IVFIndex, queries: Float[_Array, "Q D"]) -> Int32[Array, "Q C"]:
     """The lists in the order in which each query probes them; traceable."""
     scores = jnp.matmul(

@@ -37,21 +37,19 @@ def kmeans(
     Cost: iterations · 4·n·C·D operations on n = min(N, C · sample_per_cluster) points; 8192 · C
     distances exist at a time.
     """
+    size = min(len(points), num_clusters * sample_per_cluster)
+    return _lloyd(key, jnp.asarray(points), size, num_clusters, iterations, spherical)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _lloyd(key, points, size: int, num_clusters: int, iterations: int, spherical: bool):
     sample_key, start_key = jax.random.split(key)
-    points = jnp.asarray(points)
-    num_points = points.shape[0]
-    size = min(num_points, num_clusters * sample_per_cluster)
-    if size < num_points:
-        points = points[jax.random.choice(sample_key, num_points, (size,), replace=False)]
-    return _lloyd(start_key, points, num_clusters, iterations, spherical)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _lloyd(key, points, num_clusters: int, iterations: int, spherical: bool):
+    if size < len(points):
+        points = points[jax.random.choice(sample_key, len(points), (size,), replace=False)]
     points = points.astype(jnp.float32)
     if spherical:
         points = normalise(points)
-    start = jax.random.choice(key, points.shape[0], (num_clusters,), replace=False)
+    start = jax.random.choice(start_key, size, (num_clusters,), replace=False)
 
     def step(centroids, _):
         _, sums, counts, distances = _assign_and_sum(points, centroids)

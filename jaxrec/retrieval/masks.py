@@ -1,5 +1,7 @@
 """Bit masks over items or rows: number i is bit i % 32 of word i // 32 of uint32[Q, words]."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ def unpack_bits(words: UInt32[_Array, "words"], num_bits: int) -> Bool[np.ndarra
     return np.unpackbits(as_bytes, bitorder="little")[:num_bits].astype(bool)
 
 
+@functools.partial(jax.jit, static_argnames="num_items")
 def unpack_mask(mask: UInt32[_Array, "Q words"], num_items: int) -> Bool[Array, "Q {num_items}"]:
     """One bool an item instead of one bit."""
     if num_items > mask.shape[1] * 32:

@@ -4,12 +4,14 @@ M users, T tasks, K0 candidates of a user. A model may have `heads` (`jaxrec.nn.
 queries a user) and an `overarch` (`jaxrec.nn.OverArch`); both are optional and found by name.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxrec.nn import ValueModel, overarch_of
@@ -50,11 +52,16 @@ def component_columns(
       item_embeddings: of the items, without a row for padding.
       dtype: of the floating columns; bfloat16 halves them.
     """
-    overarch = overarch_of(model)
-    if overarch is None:
+    if overarch_of(model) is None:
         return {}
+    return _component_columns(*nnx.split(model), item_embeddings, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _component_columns(structure, state, item_embeddings, dtype: str):
     # An over-arch may have something of its own for each item: for it, row 0 is padding.
-    table = jnp.pad(jnp.asarray(item_embeddings), ((1, 0), (0, 0)))
+    table = jnp.pad(item_embeddings, ((1, 0), (0, 0)))
+    overarch: Any = overarch_of(nnx.merge(structure, state))
     components = _named(overarch.item_components(table))
     floating = {n: jnp.issubdtype(x.dtype, jnp.floating) for n, x in components.items()}
     return {

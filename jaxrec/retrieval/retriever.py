@@ -198,9 +198,7 @@ class Retriever(nnx.Module):
 
     def queries(self, batch: JaggedBatch) -> Float32[Array, "M *tasks D"]:
         """Query vectors: the tower's output at each target position; with heads, one a task."""
-        hidden = _tower(self.model).encode(batch)[jnp.asarray(batch.target_positions)]
-        heads = heads_of(self.model)
-        return (hidden if heads is None else heads(hidden)).astype(jnp.float32)
+        return _queries(*nnx.split(self.model), batch)
 
     def __call__(
         self,
@@ -279,9 +277,9 @@ class Retriever(nnx.Module):
             task: index.explain(own, filter, item, k=k, nprobe=nprobe)
             for task, own in zip(self.tasks, queries, strict=True)
         }
-        ids, valid = jnp.full((1, 1), item, jnp.int32), jnp.ones((1, 1), bool)
-        columns = index.gather(ids)
-        scores = task_scores(self.model, queries[None], columns, index.vectors_of(ids), valid)
+        ids = np.full((1, 1), item, np.int32)
+        columns, vectors = index.gather(ids), index.vectors_of(ids)
+        scores = _scores(*nnx.split(self.model), queries[None], columns, vectors)
         by_task = dict(zip(self.tasks, scores[0, 0].tolist(), strict=True))
         if self.value_model is None:
             return RankExplanation(search, by_task, (), by_task[self.tasks[0]])
@@ -346,6 +344,20 @@ def _check_parts(
         raise ValueError(
             f"unknown merge policy {merge!r}; expected one of {', '.join(POLICIES)}, or a function"
         )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _queries(graphdef, state, batch):
+    model = nnx.merge(graphdef, state)
+    hidden = _tower(model).encode(batch)[jnp.asarray(batch.target_positions)]
+    heads = heads_of(model)
+    return (hidden if heads is None else heads(hidden)).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(graphdef, state, queries, columns, vectors):
+    valid = jnp.ones(vectors.shape[:2], bool)
+    return task_scores(nnx.merge(graphdef, state), queries, columns, vectors, valid)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))

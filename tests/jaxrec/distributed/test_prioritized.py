@@ -129,6 +129,7 @@ def test_a_single_batch():
     assert_same(run_pipeline(tables, pipeline, batches)[:2], run_plain(tables, plain, batches))
 
 
+@pytest.mark.slow
 def test_groups_of_several_kinds_with_growth():
     """Adam by schedule beside a table in host memory, from a capacity that is far too small."""
     schedule = lambda step: 0.05 / (1 + step)  # noqa: E731

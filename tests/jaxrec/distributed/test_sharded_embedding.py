@@ -268,14 +268,16 @@ def test_lookups_of_every_kind():
             out[name] = jnp.stack(parts, 1)
         return out
 
-    wanted = by_hand(jnp.asarray(dense))
+    wanted = jax.jit(by_hand)(dense)
     weights = {name: rng.standard_normal(x.shape).astype(np.float32) for name, x in wanted.items()}
     found, after = find(state, weights)
     for name in features:
         np.testing.assert_allclose(found[name], wanted[name], atol=1e-6, err_msg=name)
-    grad = jax.grad(lambda t: sum((x * weights[n]).sum() for n, x in by_hand(t).items()))(
-        jnp.asarray(dense)
-    )
+
+    def total_by_hand(table):
+        return sum((x * weights[n]).sum() for n, x in by_hand(table).items())
+
+    grad = jax.jit(jax.grad(total_by_hand))(dense)
     total = np.mean(np.asarray(grad) ** 2, axis=1)
     step = 0.01 * np.asarray(grad) / (np.sqrt(total) + 1e-8)[:, None]
     np.testing.assert_allclose(tables.dense(after, "t"), dense - step, atol=1e-5)

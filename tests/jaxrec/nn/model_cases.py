@@ -1,6 +1,7 @@
 """Models in every combination of options, and batches to run them on."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import jax
@@ -58,13 +59,14 @@ def build(config, seed=0):
 
 def encoder(config):
     """The model's split parameters, and a jitted (params, batch) → hidden states in f32."""
-    graphdef, params = nnx.split(build(config))
+    structure, params = nnx.split(build(config))
+    return params, partial(encode, structure)
 
-    @jax.jit
-    def encode(params, batch):
-        return nnx.merge(graphdef, params).encode(batch).astype(jnp.float32)
 
-    return params, encode
+@partial(jax.jit, static_argnums=0)
+def encode(structure, params, batch, key=None):
+    """Hidden states in f32; models of one structure share the program."""
+    return nnx.merge(structure, params).encode(batch, key=key).astype(jnp.float32)
 
 
 def pack(sequences, *, num_tokens, num_sequences, seed=0):

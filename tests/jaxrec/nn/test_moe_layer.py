@@ -23,24 +23,38 @@ def layer(**options: Any) -> MoELayer:
     return MoELayer(config, rngs=nnx.Rngs(0))
 
 
+run = nnx.jit(lambda moe, x, **options: moe(x, **options))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
 def test_equals_its_formula():
-    moe = layer(shared_hidden=5)
-    out, report = moe(X)
-    logits = X @ moe.router.kernel[...]
-    found = ops.route(logits, slots=2)
+    moe, x = layer(shared_hidden=5), np.asarray(X)
+    out, report = run(moe, X)
+
+    @jax.jit
+    def routed(logits):
+        found = ops.route(logits, slots=2)
+        loss = 0.01 * ops.load_balancing_loss(found) + 0.001 * ops.router_z_loss(logits)
+        return found.expert_ids, found.gates, loss
+
+    ids, gates, loss = map(np.asarray, routed(x @ np.asarray(moe.router.kernel[...])))
     experts, wanted = moe.experts, np.zeros((30, 8))
     assert experts.w_gate is not None
+    w_gate, w_up, w_down = (
+        np.asarray(w[...]) for w in (experts.w_gate, experts.w_up, experts.w_down)
+    )
     for token in range(30):
-        for expert, gate in zip(found.expert_ids[token], found.gates[token], strict=True):
-            hidden = jax.nn.silu(X[token] @ experts.w_gate[...][expert])
-            hidden = hidden * (X[token] @ experts.w_up[...][expert])
-            wanted[token] += gate * (hidden @ experts.w_down[...][expert])
+        for expert, weight in zip(ids[token], gates[token], strict=True):
+            hidden = silu(x[token] @ w_gate[expert]) * (x[token] @ w_up[expert])
+            wanted[token] += weight * (hidden @ w_down[expert])
     assert moe.shared_up is not None
     assert moe.shared_down is not None
-    gate, up = jnp.split(X @ moe.shared_up.kernel[...], 2, axis=1)
-    wanted += (jax.nn.silu(gate) * up) @ moe.shared_down.kernel[...]
+    gate, up = np.split(x @ np.asarray(moe.shared_up.kernel[...]), 2, axis=1)
+    wanted += (silu(gate) * up) @ np.asarray(moe.shared_down.kernel[...])
     np.testing.assert_allclose(out, wanted, atol=1e-5)
-    loss = 0.01 * ops.load_balancing_loss(found) + 0.001 * ops.router_z_loss(logits)
     assert float(report.loss) == pytest.approx(float(loss), rel=1e-5)
 
 
@@ -65,8 +79,8 @@ def test_every_parameter_learns(activation):
 def test_padding_gives_zeros_and_no_gradient():
     moe = layer(shared_hidden=5)
     valid = jnp.arange(30) < 20
-    out, report = moe(X, valid=valid)
-    alone, alone_report = moe(X[:20])
+    out, report = run(moe, X, valid=valid)
+    alone, alone_report = run(moe, X[:20])
     np.testing.assert_allclose(out[:20], alone, atol=1e-6)
     assert not np.asarray(out[20:]).any()
     assert float(report.loss) == pytest.approx(float(alone_report.loss), rel=1e-5)
@@ -89,8 +103,8 @@ def test_bias_balances_without_a_loss():
 
 def test_capacity_drops_and_says_so():
     free, bound = layer(), layer(capacity_factor=0.5)
-    assert int(free(X)[1].stats.dropped) == 0
-    out, report = bound(X)
+    assert int(run(free, X)[1].stats.dropped) == 0
+    out, report = run(bound, X)
     assert int(report.stats.dropped) >= 60 - 4 * round(0.5 * 30 * 2 / 4)
     assert np.isfinite(out).all()
 
@@ -110,20 +124,20 @@ def test_a_broken_router_is_named():
 
 def test_no_tokens():
     moe = layer(shared_hidden=5, cv_weight=0.1)
-    out, report = moe(X[:0])
+    out, report = run(moe, X[:0])
     assert out.shape == (0, 8)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(report))
 
 
 def test_noise_only_with_a_key():
     moe = layer(noise=True)
-    np.testing.assert_array_equal(moe(X)[0], moe(X)[0])
-    one, other = (moe(X, key=jax.random.key(i))[0] for i in range(2))
+    np.testing.assert_array_equal(run(moe, X)[0], run(moe, X)[0])
+    one, other = (run(moe, X, key=jax.random.key(i))[0] for i in range(2))
     assert not np.array_equal(one, other)
 
 
 def test_computes_in_the_dtype_of_its_input():
-    out, report = layer(shared_hidden=5)(X.astype(jnp.bfloat16))
+    out, report = run(layer(shared_hidden=5), X.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
     assert report.loss.dtype == jnp.float32
 

@@ -43,9 +43,11 @@ def listed(candidates):
         yield ids[valid].tolist()
 
 
+merge = jax.jit(merge_candidates, static_argnames=("policy", "num_candidates"))
+
+
 def merged(ids, **kwargs):
-    scores = np.zeros(ids.shape, np.float32)
-    return list(listed(merge_candidates(jnp.asarray(ids), jnp.asarray(scores), **kwargs)))
+    return list(listed(merge(ids, np.zeros(ids.shape, np.float32), **kwargs)))
 
 
 @settings(max_examples=40, deadline=None)

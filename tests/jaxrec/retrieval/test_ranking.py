@@ -98,12 +98,17 @@ def all_scores(retriever, batch) -> np.ndarray:
     """[M, V - 1, T] scores of every item, with all eligible items as candidates."""
     model: Any = retriever.model
     queries = retriever.queries(batch).reshape(3, len(retriever.tasks), WIDTH)
+    return np.asarray(scores_of(model, queries))
+
+
+@nnx.jit
+def scores_of(model, queries):
     table = model.item_embeddings()[1:]
     if model.overarch is None:
-        return np.asarray(jnp.einsum("mtd,vd->mvt", queries, table))
+        return jnp.einsum("mtd,vd->mvt", queries, table)
     components = model.overarch.item_components(model.item_embeddings())
     components = jax.tree.map(lambda x: jnp.broadcast_to(x[1:], (3, *x[1:].shape)), components)
-    return np.asarray(model.overarch(queries, components, jnp.asarray(ELIGIBLE)))
+    return model.overarch(queries, components, jnp.asarray(ELIGIBLE))
 
 
 def check(retriever, batch, values, **options):

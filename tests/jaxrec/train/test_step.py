@@ -1,3 +1,4 @@
+import functools
 from tempfile import TemporaryDirectory
 
 import jax
@@ -162,19 +163,24 @@ def test_losses_are_those_of_their_names():
     keys = jax.random.split(jax.random.key(0), 3)
     hidden, table = jax.random.normal(keys[0], (5, 4)), jax.random.normal(keys[1], (11, 4))
     targets = jnp.array([3, 1, 10, 0, 7])
-    full = target_loss(LossConfig(temperature=2.0), hidden, table, targets, keys[2], SAMPLER)
-    np.testing.assert_allclose(full, full_softmax_loss(hidden / 2, table, targets), rtol=1e-6)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def found(config):
+        return target_loss(config, hidden, table, targets, keys[2], SAMPLER)
+
+    full = found(LossConfig(temperature=2.0))
+    expected = jax.jit(full_softmax_loss)(hidden / 2, table, targets)
+    np.testing.assert_allclose(full, expected, rtol=1e-6)
     negatives = jax.random.randint(keys[2], (6,), 1, 11, jnp.int32)
-    sampled = target_loss(LossConfig("sampled", 6), hidden, table, targets, keys[2], SAMPLER)
-    expected = sampled_softmax_loss(
+    sampled = found(LossConfig("sampled", 6))
+    expected = jax.jit(sampled_softmax_loss)(
         hidden, table, targets, negatives, log_q=jnp.asarray(SAMPLER.log_q)
     )
     np.testing.assert_allclose(sampled, expected, rtol=1e-6)
     each = jax.random.randint(keys[2], (5, 6), 1, 11, jnp.int32)
     config = LossConfig("gbce", 6, per_target=True)
-    gbce = target_loss(config, hidden, table, targets, keys[2], SAMPLER)
-    expected = gbce_loss(hidden, table, targets, each, calibration=0.75)
-    np.testing.assert_allclose(gbce, expected, rtol=1e-6)
+    expected = jax.jit(functools.partial(gbce_loss, calibration=0.75))(hidden, table, targets, each)
+    np.testing.assert_allclose(found(config), expected, rtol=1e-6)
 
 
 def test_bf16_compute_keeps_f32_master_weights():

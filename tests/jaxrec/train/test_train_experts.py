@@ -59,23 +59,32 @@ def hstu(moe: MoEConfig | None = EXPERTS, num_blocks: int = 2):
     return HSTU(config, rngs=nnx.Rngs(0))
 
 
+OPTIMIZER, SCHEDULE = make_optimizer(ADAM), make_schedule(ADAM)
+STEPS = {}
+"""By the structure of the model, for what it holds is in the state, and by its loss."""
+
+
 def parts(model, loss: LossConfig | None = None):
-    optimizer = make_optimizer(ADAM)
-    step = make_step(
-        model, optimizer, loss=loss or LossConfig(), schedule=make_schedule(ADAM), ema_decay=0.9
-    )
-    return init_state(model, optimizer, seed=0, ema_decay=0.9), step
+    kind = nnx.graphdef(model), loss or LossConfig()
+    if kind not in STEPS:
+        STEPS[kind] = make_step(model, OPTIMIZER, loss=kind[1], schedule=SCHEDULE, ema_decay=0.9)
+    return init_state(model, OPTIMIZER, seed=0, ema_decay=0.9), STEPS[kind]
 
 
 def biases(params):
     return [np.asarray(bias) for bias in jax.tree.leaves(nnx.filter_state(params, ExpertBias))]
 
 
+@nnx.jit
+def encoded(model, batch, key=None):
+    return encode_with_reports(model, batch, key=key)
+
+
 def batch():
     return next(tiny_batches(tiny_split()))
 
 
-@pytest.mark.parametrize("make", [sasrec, hstu])
+@pytest.mark.parametrize("make", [sasrec, pytest.param(hstu, marks=pytest.mark.slow)])
 def test_balancing_losses_are_part_of_the_loss_with_their_weights(make):
     def first(**weights):
         moe = replace(EXPERTS, **{"balance_weight": 0.0, "z_weight": 0.0} | weights)
@@ -125,7 +134,7 @@ def test_bias_moves_against_the_load_and_is_evaluated():
     weights, bias = nnx.split_state(state.params, nnx.Param, ExpertBias)
     bias = jax.tree.map(lambda leaf: 100.0 * jnp.arange(leaf.size), bias)
     preferred = nnx.merge_state(weights, bias)
-    _, reports = encode_with_reports(with_params(model, preferred), batch())
+    _, reports = encoded(with_params(model, preferred), batch())
     np.testing.assert_array_equal(reports[0].stats.load[:2], 0)  # the last two are preferred
     rank, (question, ids) = make_rank_fn(model), (batch(), np.zeros((16, 1), np.int32))
     question = question._replace(target_positions=np.arange(16), target_ids=np.ones(16, np.int32))
@@ -210,21 +219,20 @@ def test_towers_with_experts_train_beside_an_overarch():
     state, metrics = step(state, batch())
     assert len(metrics.routers) == 1
     assert all(bias.any() for bias in biases(state.params))
-    plain = TwoStage(sasrec(None), overarch)
-    assert encode_with_reports(plain, batch())[1] == ()
+    plain = TwoStage(sasrec(None, num_blocks=1), overarch)
+    assert encoded(plain, batch())[1] == ()
 
 
 def test_noise_only_in_training():
     noisy = replace(EXPERTS, noise=True, balance_weight=0.0, z_weight=0.0)
     for make in (sasrec, hstu):
-        model = make(noisy)
+        model = make(noisy, num_blocks=1)
         for layer in model.moe_layers():
             assert layer.spread is not None
             layer.spread.kernel[...] += 5.0
-        calm = [encode_with_reports(model, batch())[0] for _ in range(2)]
+        calm = [encoded(model, batch())[0] for _ in range(2)]
         np.testing.assert_array_equal(calm[0], calm[1])
         loads = [
-            encode_with_reports(model, batch(), key=jax.random.key(seed))[1][0].stats.load
-            for seed in range(2)
+            encoded(model, batch(), jax.random.key(seed))[1][0].stats.load for seed in range(2)
         ]
         assert (np.asarray(loads[0]) != np.asarray(loads[1])).any()

@@ -96,7 +96,9 @@ def test_loss_of_the_dot_product_is_the_sampled_softmax():
         hidden, table, targets, negatives, log_q=jnp.asarray(sampler.log_q)
     )
     for make in EVERY:  # all start as the dot product
-        got = overarch_loss(config, make(), hidden, table, targets, jax.random.key(0), sampler)
+        overarch = make()
+        loss = jax.jit(lambda *arrays, own=overarch: overarch_loss(config, own, *arrays, sampler))
+        got = loss(hidden, table, targets, jax.random.key(0))
         np.testing.assert_allclose(got, 0.5 * expected, rtol=1e-5)
 
 
@@ -147,7 +149,7 @@ def test_gradient_stays_out_of_the_towers_on_request():
             table = model.item_embeddings()
             return overarch_loss(loss, model.overarch, hidden, table, targets, key, sampler)
 
-        grads = jax.grad(of)(nnx.state(TwoStage(towers(), mixture(scale=1.0)), nnx.Param))
+        grads = jax.jit(jax.grad(of))(nnx.state(TwoStage(towers(), mixture(scale=1.0)), nnx.Param))
         moved = any(np.asarray(g).any() for g in jax.tree.leaves(grads["towers"]))
         assert moved is train_towers
 
@@ -172,7 +174,8 @@ def test_reranking_equals_a_naive_one(num_candidates):
     got = user_ranks(rerank, params, questions, max_len=MAX_LEN)
     by_dot = user_ranks(make_rank_fn(model), params, questions, max_len=MAX_LEN)
     table = model.item_embeddings()
-    components = model.overarch.item_components(table)
+    components = jax.tree.map(np.asarray, model.overarch.item_components(table))
+    score = jax.jit(model.overarch.__call__)
     for user, target in list(enumerate(questions.targets))[:12]:
         batch = make_query_batch(
             questions.histories, np.array([user]), max_len=MAX_LEN, token_budget=MAX_LEN,
@@ -186,7 +189,11 @@ def test_reranking_equals_a_naive_one(num_candidates):
         if target not in chosen:
             assert got[user] == by_dot[user] >= num_candidates
             continue
-        rows = jax.tree.map(lambda column, chosen=chosen: column[chosen][None], components)
-        scores = np.asarray(model.overarch(hidden, rows, jnp.ones((1, len(chosen)), bool)))[0]
+        # Filled up with invalid candidates, so that all users share one program.
+        padded = np.zeros(NUM_ITEMS, np.int32)
+        padded[: len(chosen)] = chosen
+        rows = jax.tree.map(lambda column, padded=padded: column[padded][None], components)
+        valid = np.arange(NUM_ITEMS)[None] < len(chosen)
+        scores = np.asarray(score(hidden, rows, valid))[0, : len(chosen)]
         ours = scores[chosen == target][0]
         assert got[user] == (scores[chosen != target] >= ours).sum()

@@ -19,7 +19,8 @@ SAVES: Any = ("gate_up", "x", "gate_up_fp8")
 
 
 def ffn(case, **options):
-    return moe_ffn(**{k: None if v is None else jnp.asarray(v) for k, v in case.items()}, **options)
+    arrays = {k: None if v is None else jnp.asarray(v) for k, v in case.items()}
+    return jax.jit(lambda arrays: moe_ffn(**arrays, **options))(arrays)
 
 
 @partial(jax.jit, static_argnames=("options",))
@@ -278,11 +279,12 @@ def test_under_scan_remat_and_vmap():
             y = layer(y, jax.tree.map(lambda w, i=i: w[i], weights))
         return y.sum()
 
-    got, wanted = jax.jit(jax.grad(scanned))(stacked), jax.grad(unrolled)(stacked)
+    got, wanted = (jax.jit(jax.grad(f))(stacked) for f in (scanned, unrolled))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, wanted)
-    batched = jax.vmap(layer, in_axes=(None, 0))(x, stacked)
+    batched = jax.jit(jax.vmap(layer, in_axes=(None, 0)))(x, stacked)
+    one = jax.jit(layer)
     for i in range(3):
-        own = layer(x, {k: stacked[k][i] for k in names})
+        own = one(x, {k: stacked[k][i] for k in names})
         np.testing.assert_allclose(batched[i], own, atol=1e-5)
 
 
@@ -327,10 +329,10 @@ def test_arguments_of_different_dtypes():
         assert y.dtype == jnp.bfloat16
         return y.astype(jnp.float32).sum()
 
-    grads = jax.grad(total)(mixed, jnp.asarray(ids, jnp.int16))
+    grads = jax.jit(jax.grad(total))(mixed, jnp.asarray(ids, jnp.int16))
     assert {name: str(grad.dtype) for name, grad in grads.items()} == dtypes
     plain = jax.tree.map(lambda a: a.astype(jnp.float32), mixed)
-    wanted = jax.grad(lambda m: moe_ffn(expert_ids=ids, **m).sum())(plain)
+    wanted = jax.jit(jax.grad(lambda m: moe_ffn(expert_ids=ids, **m).sum()))(plain)
     for name, grad in grads.items():
         scale = float(jnp.abs(wanted[name]).max())
         np.testing.assert_allclose(np.float32(grad), wanted[name], atol=3e-2 * scale, err_msg=name)
