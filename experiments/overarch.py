@@ -9,10 +9,14 @@ events too closely to show where they err). The other users' validation items ch
 weight; the test items are looked at once. Each candidate's value is a formula,
 `dot + weight * overarch`, evaluated by a `ValueModel`. As a control, a popularity term is given the
 same validation items.
+
+Every question is also asked with a filter, one of its target's attributes, which the item index
+evaluates while it searches.
 A seed takes some minutes on one CPU core.
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +31,7 @@ from flax import nnx
 from experiments import record, report
 from experiments.settings import find
 from experiments.settings.base import Setting, build_model, load_split
-from jaxrec.data import EvalSet, eval_batches, item_counts
+from jaxrec.data import EvalSet, ItemAttributes, eval_batches, item_counts
 from jaxrec.functional import split_params
 from jaxrec.nn import (
     AttentionOverArch,
@@ -40,11 +44,19 @@ from jaxrec.nn import (
 )
 from jaxrec.ops.losses import scored_softmax_loss
 from jaxrec.ops.metrics import candidate_scores, ranking_metrics, reranked, target_ranks
+from jaxrec.retrieval import ItemIndex
 from jaxrec.train import CheckpointStore, init_state, make_optimizer, with_params
 from jaxrec.train.evaluate import history_matrix
 
 CUTOFFS = (10, 100)
 SHOWN = report.OVERARCH_METRICS
+FILTERED = "filtered "  # before the names of metrics of filtered questions
+BARS = {
+    "hr@10": "recall@10",
+    "hr@100": "recall@100",
+    "filtered hr@10": "recall@10, filtered",
+    "filtered hr@100": "recall@100, filtered",
+}
 WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 FORMULAS = {weight: f"dot + {weight} * overarch" for weight in WEIGHTS}
 
@@ -60,6 +72,7 @@ class OverArchExperiment:
       overarchs: which to compare.
       candidates: K0, retrieved by dot product and re-ranked.
       listed: candidates beside the target in a training list.
+      least_passing: items that pass a filter worth asking with.
       chooser_share: share of the validation users that choose instead of training.
       results: where the result is recorded; the plot goes beside it.
       scratch: records the result of a source tree with uncommitted changes, marked as such.
@@ -76,6 +89,7 @@ class OverArchExperiment:
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
+    least_passing: int = 200
     chooser_share: float = 0.25
     results: Path = record.RESULTS
     scratch: bool = False
@@ -144,6 +158,42 @@ def ask(model: Any, eval_set: EvalSet, num_candidates: int, *, block: int = 128)
         parts.append(found)
     ids, dots, rank = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Questions(query, ids, dots, np.asarray(eval_set.targets), rank)
+
+
+def target_filters(
+    attributes: ItemAttributes, targets: np.ndarray, least: int, seed: int
+) -> list[str | None]:
+    """For each target one of its attributes that at least `least` items have; None without any."""
+    rng = np.random.default_rng(seed)
+    values = [
+        {f'{feature}:"{value}"' for feature, rows in attributes.values.items() for value in rows[i]}
+        for i in range(attributes.items.size + 1)
+    ]
+    passing = Counter(value for own in values for value in own)
+    choices = [sorted(v for v in values[target] if passing[v] >= least) for target in targets]
+    return [rng.choice(own) if own else None for own in choices]
+
+
+def ask_filtered(
+    asked: Questions, index: ItemIndex, eval_set: EvalSet, filters: list[str | None],
+    *, block: int = 256,
+) -> Questions:  # fmt: skip
+    """The questions that have a filter, with the candidates that the index finds to pass it."""
+    users = np.flatnonzero([f is not None for f in filters])
+    asked, filters = asked.take(users), [filters[user] for user in users]
+    num_candidates, parts = min(asked.ids.shape[1], index.num_items), []
+    for start in range(0, len(users), block):
+        places = np.minimum(np.arange(start, start + block), len(users) - 1)
+        found = index.search(
+            asked.query[places], index.compile([filters[place] for place in places]),
+            k=num_candidates, exclude=history_matrix(eval_set, users[places]),
+        )  # fmt: skip
+        count = min(block, len(users) - start)
+        parts.append([np.asarray(x)[:count] for x in (found.ids, found.scores)])
+    ids, dots = (np.concatenate(column) for column in zip(*parts, strict=True))
+    is_target = ids == asked.target[:, None]
+    rank = np.where(is_target.any(axis=1), is_target.argmax(axis=1), index.num_items)
+    return asked._replace(ids=np.maximum(ids, 0), dots=dots, rank=rank)
 
 
 def candidate_values(overarch: Any, params: Any, table: jax.Array, asked: Questions) -> np.ndarray:
@@ -248,22 +298,41 @@ def run_seed(config: OverArchExperiment, seed: int) -> dict[str, dict[str, float
     # A target that was not retrieved would teach that a low dot product is a good sign.
     known = valid.take(~chooses & (valid.ids == valid.target[:, None]).any(axis=1))
     chooser = valid.take(chooses)
-    found = {"dot product": metrics_of(test.dots, test)}
+    questions = {"": test}
+    if dataset.attributes is not None:
+        index = ItemIndex.build(
+            table[1:], dataset.attributes.features(), key=jax.random.key(seed),
+            ids=np.arange(1, len(table)),
+        )  # fmt: skip
+        filters = target_filters(dataset.attributes, test.target, config.least_passing, seed)
+        questions[FILTERED] = ask_filtered(test, index, split.test, filters)
+
+    def measure(values) -> dict[str, float]:
+        """Metrics of the test questions, with and without filters, ranked by `values` of them."""
+        return {
+            prefix + name: metric
+            for prefix, asked in questions.items()
+            for name, metric in metrics_of(values(asked), asked).items()
+        }
+
+    found = {"dot product": measure(lambda asked: asked.dots)}
     print(f"seed {seed}: chooser, dot product {shown(metrics_of(chooser.dots, chooser))}")
     log_counts = np.log1p(item_counts(split.train)).astype(np.float32)
     popularity = popularity_term(log_counts, valid)
-    found["dot + popularity"] = metrics_of(test.dots + popularity * log_counts[test.ids], test)
+    found["dot + popularity"] = measure(
+        lambda asked: asked.dots + popularity * log_counts[asked.ids]
+    )
     for name in config.overarchs:
         overarch = over_arch(name, table.shape[1], seed)
         print(name)
         started = time.monotonic()
         params, weight, _ = fit(overarch, table, known, chooser, config, seed)
-        values = candidate_values(overarch, params, table, test)
-        found[f"dot + {name}"] = {
-            **metrics_of(combined(weight, values, test), test),
-            "weight": weight,
-            "minutes": (time.monotonic() - started) / 60,
-        }
+        minutes = (time.monotonic() - started) / 60
+
+        def value(asked, overarch=overarch, params=params, weight=weight):
+            return combined(weight, candidate_values(overarch, params, table, asked), asked)
+
+        found[f"dot + {name}"] = {**measure(value), "weight": weight, "minutes": minutes}
     for name, metrics in found.items():
         print(f"  test, {name}: {shown(metrics)}")
     return found
@@ -315,10 +384,11 @@ def main(config: OverArchExperiment) -> None:
     )
     figures = {(m["workload"], m["metric"]): m["value"] for m in measured}
     methods = list(dict.fromkeys(m["workload"] for m in measured))
+    shown_bars = [name for name in BARS if ("dot product", name) in figures]
     plot = report.bars(
-        ["HR@10", "HR@100"],
-        {method: [figures[method, name] for name in ("hr@10", "hr@100")] for method in methods},
-        y="share of test users",
+        [BARS[name] for name in shown_bars],
+        {method: [figures[method, name] for name in shown_bars] for method in methods},
+        y="recall",
     )
     path.with_suffix(".png").write_bytes(plot)
     report.print_table(f"{config.setting}: test, history filtered", report.overarch_rows(measured))

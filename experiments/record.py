@@ -155,9 +155,9 @@ def describe_data(name: str, *paths: Path) -> dict[str, str]:
 
 
 def read_all(experiment: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """All results of an experiment, oldest first."""
+    """All results of an experiment, oldest first, each with its `path`."""
     paths = sorted((folder / experiment).glob("*.json"))
-    return [read_json(path) for path in paths]
+    return [read_json(path) | {"path": path} for path in paths]
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -97,7 +97,11 @@ def test_loss_of_the_dot_product_is_the_sampled_softmax():
     )
     for make in EVERY:  # all start as the dot product
         overarch = make()
-        loss = jax.jit(lambda *arrays, own=overarch: overarch_loss(config, own, *arrays, sampler))
+        loss = jax.jit(
+            lambda hidden, table, targets, key, own=overarch: overarch_loss(
+                config, own, hidden, table, targets, key, sampler
+            )
+        )
         got = loss(hidden, table, targets, jax.random.key(0))
         np.testing.assert_allclose(got, 0.5 * expected, rtol=1e-5)
 
