@@ -171,7 +171,7 @@ def target_filters(
     ]
     passing = Counter(value for own in values for value in own)
     choices = [sorted(v for v in values[target] if passing[v] >= least) for target in targets]
-    return [rng.choice(own) if own else None for own in choices]
+    return [own[rng.integers(len(own))] if own else None for own in choices]
 
 
 def ask_filtered(
