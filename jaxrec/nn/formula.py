@@ -118,7 +118,6 @@ class Apply:
     depth: int = field(compare=False, repr=False)
 
     def __str__(self) -> str:
-        shown = [str(arg) for arg in self.args]
         if self.op in _BINARY:
             binding = _BINARY[self.op][0]
             # Left-associative but for **, whose right side may also start with a minus.
@@ -130,7 +129,7 @@ class Apply:
             return "-" + _grouped(self.args[0], _UNARY)
         if self.op == "not":
             return "not " + _grouped(self.args[0], _NOT)
-        return f"{self.op}({', '.join(shown)})"
+        return f"{self.op}({', '.join(map(str, self.args))})"
 
 
 type Expression = Constant | Name | Apply

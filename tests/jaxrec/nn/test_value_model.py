@@ -152,6 +152,14 @@ def test_text_and_json_read_back_as_the_same_tree(text):
     assert tree_from_json(json.loads(json.dumps(tree_to_json(tree))), NAMES) == tree
 
 
+def test_a_deep_tree_is_written_in_time():
+    """Once a node: twice would double with every level."""
+    text = "click"
+    for _ in range(40):
+        text = f"(-{text} - like)"
+    assert parse_formula(str(parse_formula(text, NAMES)), NAMES) == parse_formula(text, NAMES)
+
+
 # -------------------------------------------------------------------------- grammar, as Python's
 
 _PIECES = ["click", "like", "2", "3"]
