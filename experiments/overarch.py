@@ -54,8 +54,8 @@ FILTERED = "filtered "  # before the names of metrics of filtered questions
 BARS = {
     "hr@10": "recall@10",
     "hr@100": "recall@100",
-    "filtered hr@10": "recall@10, filtered",
-    "filtered hr@100": "recall@100, filtered",
+    "filtered hr@10": "recall@10,\nfiltered",
+    "filtered hr@100": "recall@100,\nfiltered",
 }
 WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 FORMULAS = {weight: f"dot + {weight} * overarch" for weight in WEIGHTS}
@@ -362,6 +362,15 @@ def measurements(runs: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]
     return rows
 
 
+def recall_plot(measured: list[dict[str, Any]]) -> bytes:
+    """Recall of every method, with and without filters."""
+    figures = {(m["workload"], m["metric"]): m["value"] for m in measured}
+    methods = list(dict.fromkeys(m["workload"] for m in measured))
+    names = [name for name in BARS if ("dot product", name) in figures]
+    series = {method: [figures[method, name] for name in names] for method in methods}
+    return report.bars([BARS[name] for name in names], series, y="recall")
+
+
 def main(config: OverArchExperiment) -> None:
     """Fits and measures all over-archs for every seed, records and shows them."""
     started = time.monotonic()
@@ -382,15 +391,7 @@ def main(config: OverArchExperiment) -> None:
         scratch=config.scratch,
         folder=config.results,
     )
-    figures = {(m["workload"], m["metric"]): m["value"] for m in measured}
-    methods = list(dict.fromkeys(m["workload"] for m in measured))
-    shown_bars = [name for name in BARS if ("dot product", name) in figures]
-    plot = report.bars(
-        [BARS[name] for name in shown_bars],
-        {method: [figures[method, name] for name in shown_bars] for method in methods},
-        y="recall",
-    )
-    path.with_suffix(".png").write_bytes(plot)
+    path.with_suffix(".png").write_bytes(recall_plot(measured))
     report.print_table(f"{config.setting}: test, history filtered", report.overarch_rows(measured))
     print(f"recorded in {path}")
 

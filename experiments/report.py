@@ -69,7 +69,8 @@ def bars(
         at = [g + (number - (len(series) - 1) / 2) * width for g in range(len(groups))]
         drawn = axes.bar(at, values, width * 0.92, color=COLOURS[number], label=name)
         if digits is not None:
-            axes.bar_label(drawn, fmt=f"%.{digits}f", fontsize=8, padding=2)
+            upright = 90 if len(series) > 2 else 0  # side by side they would overlap
+            axes.bar_label(drawn, fmt=f"%.{digits}f", fontsize=8, padding=2, rotation=upright)
     many = digits is None and len(groups) > 5
     axes.set_xticks(range(len(groups)), groups, rotation=90 if many else 0)
     figure.set_figwidth(max(6.2, 0.7 * len(groups)) if many else 6.2)
