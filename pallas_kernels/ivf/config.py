@@ -115,9 +115,16 @@ def max_slots(nprobe: int, max_tiles: int, config: IvfKernelConfig, *, strided: 
     return max(1, min(max_tiles, (max_tiles + short * (length - 1)) // length))
 
 
-def group_queries(num_slots: int, width: int, config: IvfKernelConfig) -> int:
-    """Queries of `num_slots` slots whose scratch may exist together; at least one."""
-    return max(1, config.max_scratch_bytes // (num_slots * config.slot_bytes(width)))
+def group_queries(num_slots: int, width: int, config: IvfKernelConfig, *, limit: int = 1) -> int:
+    """Queries of `num_slots` slots whose scratch may exist together; at least one.
+
+    Args:
+      num_slots: of a query.
+      width: of the codes.
+      config: tiles and `max_scratch_bytes`.
+      limit: how many times the latter.
+    """
+    return max(1, limit * config.max_scratch_bytes // (num_slots * config.slot_bytes(width)))
 
 
 def kernel_problem(

@@ -21,6 +21,7 @@ from pallas_kernels.ivf.config import TILE_ROWS, IvfKernelConfig, group_queries,
 
 KERNEL_NAME = "ivf_scan"
 _MASKED = -3e38  # below every score; not -inf, which with a tag in its low bits would be NaN
+_SHARING_LIMIT = 8  # times the scratch, before queries that share tiles are cut in groups
 _ROUNDING = 2.0**-21  # of a score in the kernel against the same score of the reference
 _SCORES = plgpu.Layout.WGMMA
 _COLUMNS = plgpu.Layout._WGMMA_ACC_32BIT  # the same owners; takes strided columns of memory
@@ -423,7 +424,9 @@ def _search_groups(
     num_queries, nprobe = own[-1].shape
     num_slots = max_slots(nprobe, max_tiles, config, strided=not config.share)
     make_slots = _list_slots if config.share else _strided_slots
-    size = min(group_queries(num_slots, own[0].shape[1], config), num_queries)
+    # Queries of different groups share no tiles, so groups are larger where sharing is the point.
+    limit = _SHARING_LIMIT if config.share else 1
+    size = min(group_queries(num_slots, own[0].shape[1], config, limit=limit), num_queries)
 
     def group(own):
         *query, starts, sizes = own

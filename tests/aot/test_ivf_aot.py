@@ -142,6 +142,13 @@ def test_bytes_moved_are_near_the_floor(name, share, limit):
     assert moved <= limit * floor
 
 
+def test_hundred_results_of_512_queries_are_near_the_floor():
+    """Blocks of 16 queries; each row is read once for the four that probe its list on average."""
+    workload = dataclasses.replace(WORKLOADS["10m_128_q512"], k=100)
+    moved, distinct = moved_bytes(workload, IvfKernelConfig(16, 64, 4, share=True))
+    assert moved <= 1.15 * workload.floor_bytes() * distinct / workload.distinct_lists()
+
+
 def test_sharing_saves_bytes():
     """Codes shared by 64 queries: 1.27 times fewer; by 512 four times, less what survivors take."""
     workload = WORKLOADS["10m_128"]
