@@ -50,13 +50,7 @@ from jaxrec.train.evaluate import history_matrix
 
 CUTOFFS = (10, 100)
 SHOWN = report.OVERARCH_METRICS
-FILTERED = "filtered "  # before the names of metrics of filtered questions
-BARS = {
-    "hr@10": "recall@10",
-    "hr@100": "recall@100",
-    "filtered hr@10": "recall@10,\nfiltered",
-    "filtered hr@100": "recall@100,\nfiltered",
-}
+DRAWN = ("hr@10", "hr@100", *report.OVERARCH_FILTERED)
 WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 FORMULAS = {weight: f"dot + {weight} * overarch" for weight in WEIGHTS}
 
@@ -305,7 +299,7 @@ def run_seed(config: OverArchExperiment, seed: int) -> dict[str, dict[str, float
             ids=np.arange(1, len(table)),
         )  # fmt: skip
         filters = target_filters(dataset.attributes, test.target, config.least_passing, seed)
-        questions[FILTERED] = ask_filtered(test, index, split.test, filters)
+        questions[report.FILTERED] = ask_filtered(test, index, split.test, filters)
 
     def measure(values) -> dict[str, float]:
         """Metrics of the test questions, with and without filters, ranked by `values` of them."""
@@ -366,9 +360,10 @@ def recall_plot(measured: list[dict[str, Any]]) -> bytes:
     """Recall of every method, with and without filters."""
     figures = {(m["workload"], m["metric"]): m["value"] for m in measured}
     methods = list(dict.fromkeys(m["workload"] for m in measured))
-    names = [name for name in BARS if ("dot product", name) in figures]
+    names = [name for name in DRAWN if ("dot product", name) in figures]
     series = {method: [figures[method, name] for name in names] for method in methods}
-    return report.bars([BARS[name] for name in names], series, y="recall")
+    titles = [report.overarch_title(name).replace(", ", ",\n") for name in names]
+    return report.bars(titles, series, y="recall")
 
 
 def main(config: OverArchExperiment) -> None:

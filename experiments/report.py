@@ -258,7 +258,14 @@ def accuracy_section_markdown() -> str:
 
 
 OVERARCH_METRICS = ("hr@10", "hr@100", "ndcg@10", "ndcg@100")
-OVERARCH_FILTERED = ("filtered hr@10", "filtered hr@100")
+FILTERED = "filtered "  # before the names of metrics of filtered questions
+OVERARCH_FILTERED = (f"{FILTERED}hr@10", f"{FILTERED}hr@100")
+
+
+def overarch_title(name: str) -> str:
+    """A metric's name as tables and plots show it."""
+    title = name.removeprefix(FILTERED).upper().replace("HR", "recall")
+    return f"{title}, filtered" if name.startswith(FILTERED) else title
 
 
 def overarch_rows(measurements: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -272,8 +279,7 @@ def overarch_rows(measurements: Sequence[Mapping[str, Any]]) -> list[dict[str, s
                 continue
             value, base = figures[method, name], figures["dot product", name]
             gain = "" if method == "dot product" else f" ({100 * (value / base - 1):+.1f} %)"
-            title = name.removeprefix("filtered ").upper().replace("HR", "recall")
-            row[f"{title}, filtered" if name in OVERARCH_FILTERED else title] = f"{value:.4f}{gain}"
+            row[overarch_title(name)] = f"{value:.4f}{gain}"
         rows.append(row)
     return rows
 
@@ -294,13 +300,13 @@ def _overarch_markdown(result: Mapping[str, Any]) -> str:
         f"filtered, the {result['config']['candidates']} best items by dot product re-ranked. The "
         f"over-archs and the popularity term learned from validation items, which the towers have "
         f"not been trained on; seeds {seeds}. Filtered: asked with one of the target's attributes."
-        f"{picture_markdown(result, '.png', 'recall of each way of ranking')}"
+        f"{picture_markdown(result, 'recall of each way of ranking')}"
     )
 
 
-def picture_markdown(result: Mapping[str, Any], suffix: str, caption: str) -> str:
+def picture_markdown(result: Mapping[str, Any], caption: str) -> str:
     """A recorded result's picture, as README shows it; nothing where there is none."""
-    path = result["path"].with_suffix(suffix)
+    path = result["path"].with_suffix(".png")
     root = Path(__file__).parent.parent
     return f"\n\n![{caption}]({path.relative_to(root)})" if path.exists() else ""
 
@@ -352,7 +358,7 @@ def retrieval_section_markdown() -> str:
         "fast ours is; where it cannot reach ours, with the highest it has. IVFFlat and IVFSQ8 are "
         "faiss's, which filters while it scans; "
         "usearch and ScaNN fetch more and drop, down to filters that pass a tenth."
-        f"{picture_markdown(results[-1], '.png', 'recall against queries a second')}"
+        f"{picture_markdown(results[-1], 'recall against queries a second')}"
     )
 
 

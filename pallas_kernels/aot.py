@@ -84,6 +84,13 @@ class _Module:
             log = _run(_tool("ptxas") or "", "-v", f"-arch={arch}", "-o", cubin, ptx)
             return log, cubin.read_bytes()
 
+    @functools.cached_property
+    def instructions(self) -> dict[str, Counter[str]]:
+        """Those of each kernel."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(self.assembled[1])
+            return _parse_sass(_run(_tool("cuobjdump") or "", "-sass", file.name))
+
 
 @dataclass(frozen=True)
 class KernelReport:
@@ -138,12 +145,10 @@ class KernelReport:
         """Shared memory of each block."""
         return self.module.launch_smem or _number(r"(\d+) bytes smem", self._assembler_log)
 
-    @functools.cached_property
+    @property
     def instructions(self) -> Counter[str]:
         """Machine instructions by their full name, such as LDG.E.128."""
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(self.module.assembled[1])
-            return _parse_sass(_run(_tool("cuobjdump") or "", "-sass", file.name))[self.name]
+        return self.module.instructions[self.name]
 
     def count(self, opcode: str) -> int:
         """Instructions named `opcode`, with or without further modifiers."""

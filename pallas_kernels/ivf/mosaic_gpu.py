@@ -363,8 +363,8 @@ def ivf_search(
     `few` are (lists, tiles, config) of a second program: for batches whose `probes` stay below
     these bounds, so that they do not pay for the largest.
 
-    Work with more survivors than the configuration allows is cut: if all lists are probed in parts
-    of the rows, which all queries pass together, else in groups of queries.
+    Work that takes more scratch than the configuration allows is cut: if all lists are probed in
+    parts of the rows, which all queries pass together, else in groups of queries.
     """
     num_queries, num_tiles = queries.shape[0], codes.shape[0] // TILE_ROWS
     if mask_of_query is None:
@@ -374,7 +374,7 @@ def ivf_search(
     own = query_codes, query_scales, mask_of_query
     if nprobe == centroids.shape[0] and probes is None:
         found = _search_all(functools.partial(search, config=config), own, num_tiles, k, config)
-        return found.scores, found.rows, found.bound <= found.scores[:, -1]
+        return _certified(found)
     lists = ref._probed_lists(queries.astype(jnp.float32), centroids, nprobe)
     starts, sizes = tile_offsets[lists], (tile_offsets[1:] - tile_offsets[:-1])[lists]
     if probes is not None:
@@ -386,12 +386,15 @@ def ivf_search(
         by_tiles = functools.partial(search, config=config)
         return _search_groups(by_tiles, each, max_tiles, distinct, config)
 
-    found = functools.partial(probe, nprobe, max_tiles, config)
-    if few is not None and probes is not None and few[0] < nprobe:
-        is_few = (probes.max() <= few[0]) & (jnp.sum(sizes, axis=1).max() <= few[1])
-        found = lax.cond(is_few, functools.partial(probe, *few), found)
-    else:
-        found = found()
+    if probes is None or few is None or few[0] >= nprobe:
+        return _certified(probe(nprobe, max_tiles, config))
+    is_few = (probes.max() <= few[0]) & (jnp.sum(sizes, axis=1).max() <= few[1])
+    whole = functools.partial(probe, nprobe, max_tiles, config)
+    return _certified(lax.cond(is_few, functools.partial(probe, *few), whole))
+
+
+def _certified(found: _Found):
+    """Scores, rows, and whether nothing better can have been dropped."""
     return found.scores, found.rows, found.bound <= found.scores[:, -1]
 
 
