@@ -5,6 +5,8 @@ UV_HOME := .uv
 UV := $(shell command -v uv >/dev/null 2>&1 && uv --version >/dev/null 2>&1 && echo uv || echo $(UV_HOME)/bin/uv)
 RUN := $(UV) run --quiet
 AOT := UV_PROJECT_ENVIRONMENT=.venv-aot JAX_PLATFORMS=cpu $(UV) run --quiet --group aot
+TEST := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 $(RUN) pytest -n 2 --dist worksteal
 DATA ?=
 
 .PHONY: demo test slow lint aot bench gpu clean
@@ -13,10 +15,10 @@ demo: .setup  ## data -> train -> publish -> filtered queries -> runs/quickstart
 	$(RUN) python -m experiments.quickstart $(if $(DATA),--data $(DATA))
 
 test: .setup  ## what needs neither a GPU nor patience
-	JAX_PLATFORMS=cpu $(RUN) pytest -n 2 --dist worksteal -m "not slow and not aot and not gpu"
+	$(TEST) -m "not slow and not aot and not gpu"
 
 slow: .setup  ## simulated kernels, whole experiments, large sizes
-	JAX_PLATFORMS=cpu $(RUN) pytest -n 2 --dist worksteal -m "slow and not aot and not gpu"
+	$(TEST) -m "slow and not aot and not gpu"
 
 lint: .setup
 	$(RUN) ruff check .
@@ -49,4 +51,4 @@ $(UV_HOME)/ready:
 	@touch $@
 
 clean:
-	rm -rf .uv .venv .venv-aot runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf .uv .venv .venv-aot runs .cache .pytest_cache .ruff_cache .hypothesis
