@@ -65,6 +65,10 @@ dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 device_description_str: "NVIDIA H200"
 """.format(chip="\n  ".join(f"{name}: {value}" for name, value in _H200_CHIP.items()))
 
+TABLE_HEAD = """\
+| op | workload | kernel | registers | spilled B | shared B | instructions | temp B |
+|---|---|---|---|---|---|---|---|"""
+
 
 @dataclass(frozen=True)
 class _Module:
@@ -338,8 +342,8 @@ def _launch_smem(ptx: Path) -> int:
     return _number(r"dynamic_shared_memory_size %c(\d+)_i32", text)
 
 
-def _workloads() -> Iterator[tuple[str, str, Any]]:
-    """(op, workload name, workload) of every op folder that has a kernel."""
+def kernel_workloads() -> Iterator[tuple[str, str, Any]]:
+    """(op, name of the workload, workload) of every op that has a kernel."""
     package = importlib.import_module("pallas_kernels")
     for module in pkgutil.iter_modules(package.__path__):
         kernel = f"pallas_kernels.{module.name}.mosaic_gpu"
@@ -349,25 +353,31 @@ def _workloads() -> Iterator[tuple[str, str, Any]]:
                 yield module.name, name, workload
 
 
+def compile_workload(workload: Any) -> Report:
+    """One of `kernel_workloads`, by its kernels."""
+    run = functools.partial(workload.run, backend="mosaic_gpu")
+    return compile_for_h200(run, *workload.shapes())
+
+
+def table_rows(op: str, name: str, report: Report) -> list[str]:
+    """A row below `TABLE_HEAD` for each hand-written kernel of a compiled workload."""
+    return [
+        f"| {op} | {name} | `{kernel.name}` | {kernel.registers} "
+        f"| {kernel.spill_store_bytes + kernel.spill_load_bytes} | {kernel.smem_bytes} "
+        f"| {kernel.instructions.total()} | {report.temp_bytes} |"
+        for kernel in report.kernels
+        if "mosaic_gpu" in kernel.name
+    ]
+
+
 def main() -> None:
     """Prints registers, spills, shared memory and instructions of every hand-written kernel."""
     jax.config.update("jax_platforms", "cpu")  # before the plugin looks for a driver
     if reason := aot_available():
         sys.exit(f"cannot compile for H200 here: {reason}")
-    print("| op | workload | kernel | registers | spilled B | shared B | instructions | temp B |")
-    print("|---|---|---|---|---|---|---|---|")
-    for op, name, workload in _workloads():
-        run = functools.partial(workload.run, backend="mosaic_gpu")
-        report = compile_for_h200(run, *workload.shapes())
-        for kernel in report.kernels:
-            if "mosaic_gpu" not in kernel.name:
-                continue
-            spilled = kernel.spill_store_bytes + kernel.spill_load_bytes
-            print(
-                f"| {op} | {name} | `{kernel.name}` | {kernel.registers} | {spilled} "
-                f"| {kernel.smem_bytes} | {kernel.instructions.total()} | {report.temp_bytes} |",
-                flush=True,
-            )
+    print(TABLE_HEAD)
+    for op, name, workload in kernel_workloads():
+        print(*table_rows(op, name, compile_workload(workload)), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

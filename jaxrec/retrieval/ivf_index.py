@@ -432,13 +432,14 @@ def search_rows(
     `mask_of_query` and `probes` are as for `ivf_search`.
     """
     queries = as_queries(index, queries)
-    offsets = np.concatenate([[0], np.cumsum(np.frombuffer(index.list_tiles, np.int32))])
-    bound = probed_tiles_bound(offsets.astype(np.int32), nprobe)
+    list_tiles = np.frombuffer(index.list_tiles, np.int32)
+    offsets = np.concatenate([[0], np.cumsum(list_tiles)]).astype(np.int32)
     scan_k = (
         min(k + k // 4 + 16, max(k, index.num_items), IVF_MAX_K) if precision == "rescored" else k
     )
     scan = functools.partial(
-        ivf_search, queries, index.centroids, k=scan_k, nprobe=nprobe, max_tiles=bound,
+        ivf_search, queries, index.centroids, k=scan_k, nprobe=nprobe,
+        max_tiles=probed_tiles_bound(offsets, nprobe), max_list_tiles=int(list_tiles.max()),
         mask_of_query=mask_of_query, probes=probes,
     )  # fmt: skip
     rest = (index.tile_offsets, index.live, row_mask)

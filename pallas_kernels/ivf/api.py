@@ -56,6 +56,7 @@ def ivf_search(
     k: int,
     nprobe: int,
     max_tiles: int,
+    max_list_tiles: int | None = None,
     backend: Backend | None = None,
     config: IvfConfig | IvfKernelConfig | None = None,
 ) -> IvfTopK:
@@ -83,6 +84,8 @@ def ivf_search(
       nprobe: lists scanned, 1 to C.
       max_tiles: static bound on the tiles of any `nprobe` lists; see `probed_tiles_bound`. A lower
         value would drop rows.
+      max_list_tiles: static bound on the tiles of one list, `probed_tiles_bound(tile_offsets, 1)`:
+        less scratch for queries that share lists. None allows for any.
       backend: None picks the best supported; a name never falls back. "mosaic_gpu" is for int8
         codes on Hopper, of a width that 32 divides.
       config: an `IvfConfig` for the XLA backend, an `IvfKernelConfig` for the kernel; None takes
@@ -100,8 +103,9 @@ def ivf_search(
     """
     _check(queries, centroids, codes, tile_offsets, live, mask, mask_of_query, k, nprobe)
     heuristic = functools.partial(
-        kernel_heuristic, queries.shape[0], centroids.shape[0], k=k, codes_shape=codes.shape
-    )
+        kernel_heuristic, queries.shape[0], centroids.shape[0], k=k, codes_shape=codes.shape,
+        max_list_tiles=max_list_tiles,
+    )  # fmt: skip
     kernel_tiles = config or heuristic(nprobe, max_tiles, probes_vary=probes is not None)
     chosen = resolve(
         "ivf_search",
@@ -115,7 +119,8 @@ def ivf_search(
         few = max(1, nprobe // FEW), max(1, max_tiles // FEW)
         found = mosaic_gpu.ivf_search(
             queries, centroids, codes, scales, tile_offsets, live, mask, mask_of_query, probes,
-            k=k, nprobe=nprobe, max_tiles=max_tiles, config=kernel_tiles,
+            k=k, nprobe=nprobe, max_tiles=max_tiles, max_list_tiles=max_list_tiles,
+            config=kernel_tiles,
             few=None if probes is None else (*few, kernel_tiles if config else heuristic(*few)),
         )  # fmt: skip
         return IvfTopK(*found)

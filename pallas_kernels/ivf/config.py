@@ -15,8 +15,8 @@ SLOT_TILES = (16, 32, 64, 128)  # masks of 16 tiles fill the smallest copy, 128 
 MAX_BLOCK_KEPT = 128  # 64 registers a thread for what lanes keep; more would spill
 MAX_SMEM_BYTES = 224 << 10
 HALF_SMEM_BYTES = 112 << 10  # two programs a multiprocessor: one computes while the other waits
-KEPT = (2, 4, 8, 16)
-SURVIVOR_COST_BYTES = 400  # bytes scanned in the time that a survivor takes to sort; an estimate
+KEPT = (2, 4, 6, 8, 16)
+SORT_COST_BYTES = 400  # bytes scanned in the time that a key takes to sort; an estimate
 TYPICAL_SHARE_OF_BOUND = 0.7  # tiles that a query scans, of the tiles of the largest lists
 FEW = 8  # a batch that scans at most this part of the lists and tiles has a program of its own
 BUSY_PROGRAMS = 528  # four programs on each of 132 multiprocessors
@@ -101,7 +101,14 @@ class IvfKernelConfig:
         return min(num_slots, num_slots // self.block_queries + distinct)
 
 
-def max_slots(nprobe: int, max_tiles: int, config: IvfKernelConfig, *, strided: bool) -> int:
+def max_slots(
+    nprobe: int,
+    max_tiles: int,
+    config: IvfKernelConfig,
+    *,
+    strided: bool,
+    max_list_tiles: int | None = None,
+) -> int:
     """Slots of a query of any `nprobe` lists, of `max_tiles` tiles together.
 
     Args:
@@ -109,10 +116,26 @@ def max_slots(nprobe: int, max_tiles: int, config: IvfKernelConfig, *, strided: 
       max_tiles: static bound on their tiles.
       config: tiles of a slot.
       strided: tiles of all lists are dealt out; otherwise the last slot of each list may be short.
+      max_list_tiles: static bound on the tiles of one list.
     """
     length = config.slot_tiles
-    short = 1 if strided else nprobe
-    return max(1, min(max_tiles, (max_tiles + short * (length - 1)) // length))
+    if strided:
+        return max(1, -(-max_tiles // length))
+    of_list = -(-(max_list_tiles or max_tiles) // length)
+    return max(1, min(max_tiles, nprobe * of_list, (max_tiles + nprobe * (length - 1)) // length))
+
+
+def num_fetched(k: int, num_survivors: int) -> int:
+    """Survivors of a query that are scored again: some more than k, as their keys are rounded."""
+    return min(k + k // 16 + 32, num_survivors)
+
+
+def sorted_keys(num_survivors: int, kept: int, fetched: int) -> int:
+    """Keys of a query that are sorted: the first of each lane, then all of the `fetched` best lanes.
+
+    Or all at once, where that is less.
+    """
+    return min(num_survivors, num_survivors // kept + fetched * kept)
 
 
 def group_queries(num_slots: int, width: int, config: IvfKernelConfig, *, limit: int = 1) -> int:
@@ -169,12 +192,14 @@ def kernel_heuristic(
     k: int,
     codes_shape: tuple[int, ...],
     *,
+    max_list_tiles: int | None = None,
     probes_vary: bool = False,
 ) -> IvfKernelConfig:
     """Tiles chosen from shapes alone: of all that fit, those that cost least.
 
-    - The cost of a query is the bytes that it scans, over the queries that share them, and 400 for
-      each survivor: XLA sorts some 10 G keys a second while the memory delivers 4 TB (an estimate).
+    - The cost of a query is the bytes that it scans, over the queries that share them, its masks
+      and survivors, written and read, and 400 bytes for each key that is sorted: XLA sorts some 10 G
+      keys a second while the memory delivers 4 TB (an estimate).
     - A lane keeps the winners that it can expect and three standard deviations more. In lists that
       are shared winners cluster: they are taken to lie in two lists, and two deviations allowed.
     - Programs are many enough to fill the GPU if they can be; few have more tiles in flight.
@@ -194,7 +219,8 @@ def kernel_heuristic(
     def fits(config: IvfKernelConfig) -> bool:
         clustered = config.share and not full
         rows = 2 * num_rows / num_lists if clustered else scanned
-        expected = min(1, k / max(rows, 1)) * config.slot_tiles
+        seen = min(config.slot_tiles, -(-max_tiles // nprobe)) if clustered else config.slot_tiles
+        expected = min(1, k / max(rows, 1)) * seen
         wanted = 1 + expected + (2 if clustered else 3) * expected**0.5
         programs = num_queries * tiles / config.slot_tiles / sharing(config)
         return (
@@ -205,9 +231,13 @@ def kernel_heuristic(
         )
 
     def cost(config: IvfKernelConfig) -> float:
-        slots = max_slots(nprobe, tiles, config, strided=full or not config.share)
+        strided = full or not config.share
+        slots = max_slots(nprobe, tiles, config, strided=strided, max_list_tiles=max_list_tiles)
         survivors = slots * TILE_ROWS * config.kept
-        return scanned * (width + 4) / sharing(config) + SURVIVOR_COST_BYTES * survivors
+        in_order = sorted_keys(survivors, config.kept, num_fetched(k, survivors))
+        masks = 3 * 8 * slots * config.slot_tiles  # gathered, written, read
+        scan = scanned * (width + 4) / sharing(config) + masks
+        return scan + 8 * survivors + SORT_COST_BYTES * in_order
 
     every = [
         IvfKernelConfig(block, length, kept, 4, share)
@@ -236,7 +266,7 @@ def search_space() -> list[IvfKernelConfig]:
         IvfKernelConfig(block, length, kept, stages, share)
         for block in BLOCK_QUERIES
         for length in SLOT_TILES
-        for kept in KEPT[:3]
+        for kept in KEPT[:4]
         for stages in (4, 8)
         for share in (True, False)
         if block * kept <= MAX_BLOCK_KEPT and (share or block == BLOCK_QUERIES[0])

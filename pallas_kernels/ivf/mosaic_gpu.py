@@ -17,7 +17,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, UInt32
 
 from pallas_kernels.ivf import ref
-from pallas_kernels.ivf.config import TILE_ROWS, IvfKernelConfig, group_queries, max_slots
+from pallas_kernels.ivf.config import (
+    TILE_ROWS,
+    IvfKernelConfig,
+    group_queries,
+    max_slots,
+    num_fetched,
+    sorted_keys,
+)
 
 KERNEL_NAME = "ivf_scan"
 _MASKED = -3e38  # below every score; not -inf, which with a tag in its low bits would be NaN
@@ -290,22 +297,37 @@ class _Found(NamedTuple):
 
 def _best_survivors(survivors, slots: _Slots, scorer, k: int, config: IvfKernelConfig) -> _Found:
     """The k best survivors [Q, S, kept, lane]."""
-    num_queries = slots.counts.shape[0]
     survivors = jnp.where(slots.counts[..., None, None] > 0, survivors, _MASKED)
-    keys = survivors.reshape(num_queries, -1)
-    fetched = min(k + k // 16 + 32, keys.shape[1])  # a few more, as keys are rounded
-    best, places = lax.top_k(keys, fetched)
-    slot, lane = places // (config.kept * TILE_ROWS), places % TILE_ROWS
+    fetched = num_fetched(k, survivors[0].size)  # a few more, as keys are rounded
+    best, slot, lane = _best_keys(survivors, fetched)
     step = lax.bitcast_convert_type(best, jnp.int32) & config.tag_mask
-    tiles = slots.tiles.reshape(num_queries, -1)
+    tiles = slots.tiles.reshape(len(best), -1)
     tile = jnp.take_along_axis(tiles, slot * config.slot_tiles + step, axis=1)
     rows = jnp.where(best > _MASKED, tile * TILE_ROWS + lane, -1)
     # What is not among them was pushed out of a full lane, or not fetched.
     lost = jnp.max(survivors[:, :, -1], axis=(1, 2))
-    if fetched < keys.shape[1]:
+    if fetched < survivors[0].size:
         lost = jnp.maximum(lost, best[:, -1])
     scores, rows = _top(scorer.exact(rows), rows, k)
     return _Found(scores, rows, scorer.upper_bound(lost, config))
+
+
+def _best_keys(survivors: Float32[Array, "Q S kept lane"], count: int):
+    """The `count` best keys of each query, and the slots and lanes that they come from.
+
+    Lanes keep their keys in order, so the best lie in the `count` lanes of the best first keys:
+    two small sorts, of a key for each lane and of the keys of these lanes, replace a large one.
+    """
+    num_queries, _, kept, num_lanes = survivors.shape
+    if sorted_keys(survivors[0].size, kept, count) == survivors[0].size:
+        best, place = lax.top_k(survivors.reshape(num_queries, -1), count)
+        return best, place // (kept * num_lanes), place % num_lanes
+    _, column = lax.top_k(survivors[:, :, 0].reshape(num_queries, -1), count)
+    slot, lane = column // num_lanes, column % num_lanes
+    of_query = jnp.arange(num_queries)[:, None]
+    best, place = lax.top_k(survivors[of_query, slot, :, lane].reshape(num_queries, -1), count)
+    slot, lane = (jnp.take_along_axis(x, place // kept, axis=1) for x in (slot, lane))
+    return best, slot, lane
 
 
 def _top(scores: Float32[Array, "Q n"], rows: Int32[Array, "Q n"], k: int):
@@ -340,7 +362,9 @@ class _Scorer(NamedTuple):
         return jnp.where(keys > _MASKED, bound + jnp.abs(bound) * _ROUNDING, -jnp.inf)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "nprobe", "max_tiles", "config", "few"))
+@functools.partial(
+    jax.jit, static_argnames=("k", "nprobe", "max_tiles", "max_list_tiles", "config", "few")
+)
 def ivf_search(
     queries: Float[Array, "Q D"],
     centroids: Float[Array, "C D"],
@@ -355,6 +379,7 @@ def ivf_search(
     k: int,
     nprobe: int,
     max_tiles: int,
+    max_list_tiles: int | None,
     config: IvfKernelConfig,
     few: tuple[int, int, IvfKernelConfig] | None = None,
 ) -> tuple[Float32[Array, "Q {k}"], Int32[Array, "Q {k}"], Bool[Array, "Q"]]:
@@ -381,10 +406,13 @@ def ivf_search(
         sizes = jnp.where(jnp.arange(nprobe) < probes[:, None], sizes, 0)
 
     def probe(nprobe: int, max_tiles: int, config: IvfKernelConfig) -> _Found:
+        num_slots = max_slots(
+            nprobe, max_tiles, config, strided=not config.share, max_list_tiles=max_list_tiles
+        )
         distinct = num_tiles // config.slot_tiles + centroids.shape[0]
         each = (*own, starts[:, :nprobe], sizes[:, :nprobe])
         by_tiles = functools.partial(search, config=config)
-        return _search_groups(by_tiles, each, max_tiles, distinct, config)
+        return _search_groups(by_tiles, each, num_slots, distinct, config)
 
     if probes is None or few is None or few[0] >= nprobe:
         return _certified(probe(nprobe, max_tiles, config))
@@ -421,11 +449,10 @@ def _search_all(search, own, num_tiles: int, k: int, config: IvfKernelConfig) ->
 
 
 def _search_groups(
-    search, own, max_tiles: int, distinct_slots: int, config: IvfKernelConfig
+    search, own, num_slots: int, distinct_slots: int, config: IvfKernelConfig
 ) -> _Found:
     """Scans the lists of each query, in groups of queries."""
-    num_queries, nprobe = own[-1].shape
-    num_slots = max_slots(nprobe, max_tiles, config, strided=not config.share)
+    num_queries = own[-1].shape[0]
     make_slots = _list_slots if config.share else _strided_slots
     # Queries of different groups share no tiles, so groups are larger where sharing is the point.
     limit = _SHARING_LIMIT if config.share else 1

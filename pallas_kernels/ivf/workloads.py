@@ -92,9 +92,15 @@ class IvfWorkload:
         config: IvfConfig | IvfKernelConfig | None = None,
     ) -> IvfTopK:
         """`ivf_search` of the arrays of seed 0."""
-        bound = probed_tiles_bound(self.tile_offsets(), self.nprobe)
+        offsets = self.tile_offsets()
         return ivf_search(
-            *arrays, k=self.k, nprobe=self.nprobe, max_tiles=bound, backend=backend, config=config
+            *arrays,
+            k=self.k,
+            nprobe=self.nprobe,
+            max_tiles=probed_tiles_bound(offsets, self.nprobe),
+            max_list_tiles=probed_tiles_bound(offsets, 1),
+            backend=backend,
+            config=config,
         )
 
     def distinct_lists(self) -> float:

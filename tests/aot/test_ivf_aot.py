@@ -92,7 +92,13 @@ def moved_bytes(workload, config, seed=0):
     lists = np.stack([rng.permutation(workload.num_lists)[:nprobe] for _ in range(num_queries)])
     offsets = workload.tile_offsets()
     bound = probed_tiles_bound(offsets, nprobe)
-    num_slots = max_slots(nprobe, bound, config, strided=not config.share)
+    num_slots = max_slots(
+        nprobe,
+        bound,
+        config,
+        strided=not config.share,
+        max_list_tiles=probed_tiles_bound(offsets, 1),
+    )
     make_slots = mosaic_gpu._list_slots if config.share else mosaic_gpu._strided_slots
     slots = make_slots(
         jnp.asarray(offsets[lists]),
