@@ -19,6 +19,9 @@ KEPT = (2, 4, 6, 8, 16)
 SORT_COST_BYTES = 400  # bytes scanned in the time that a key takes to sort; an estimate
 TYPICAL_SHARE_OF_BOUND = 0.7  # tiles that a query scans, of the tiles of the largest lists
 FEW = 8  # a batch that scans at most this part of the lists and tiles has a program of its own
+SCRATCH_BYTES = 40 << 20
+SHARING_QUERY_BYTES = 1 << 20  # most scratch of a query, for it to share lists with others
+SHARING_SCRATCH_BYTES = 512 << 20  # groups share no lists, so they are larger there
 BUSY_PROGRAMS = 528  # four programs on each of 132 multiprocessors
 
 
@@ -77,7 +80,7 @@ class IvfKernelConfig:
     kept: int = 8
     stages: int = 4
     share: bool = False
-    max_scratch_bytes: int = 40 << 20
+    max_scratch_bytes: int = SCRATCH_BYTES
 
     @property
     def tag_mask(self) -> int:
@@ -131,23 +134,22 @@ def num_fetched(k: int, num_survivors: int) -> int:
 
 
 def sorted_keys(num_survivors: int, kept: int, fetched: int) -> int:
-    """Keys of a query that are sorted: the first of each lane, then all of the `fetched` best lanes.
+    """Keys of a query that are sorted: the first of each lane, then all of `fetched` lanes.
 
     Or all at once, where that is less.
     """
     return min(num_survivors, num_survivors // kept + fetched * kept)
 
 
-def group_queries(num_slots: int, width: int, config: IvfKernelConfig, *, limit: int = 1) -> int:
+def group_queries(num_slots: int, width: int, config: IvfKernelConfig) -> int:
     """Queries of `num_slots` slots whose scratch may exist together; at least one.
 
     Args:
       num_slots: of a query.
       width: of the codes.
       config: tiles and `max_scratch_bytes`.
-      limit: how many times the latter.
     """
-    return max(1, limit * config.max_scratch_bytes // (num_slots * config.slot_bytes(width)))
+    return max(1, config.max_scratch_bytes // (num_slots * config.slot_bytes(width)))
 
 
 def kernel_problem(
@@ -198,10 +200,11 @@ def kernel_heuristic(
     """Tiles chosen from shapes alone: of all that fit, those that cost least.
 
     - The cost of a query is the bytes that it scans, over the queries that share them, its masks
-      and survivors, written and read, and 400 bytes for each key that is sorted: XLA sorts some 10 G
-      keys a second while the memory delivers 4 TB (an estimate).
+      and survivors, written and read, and 400 bytes for each key that is sorted: XLA sorts some
+      10 G keys a second while the memory delivers 4 TB (an estimate).
     - A lane keeps the winners that it can expect and three standard deviations more. In lists that
       are shared winners cluster: they are taken to lie in two lists, and two deviations allowed.
+    - A query that shares lists takes little scratch, so that hundreds need not be cut in groups.
     - Programs are many enough to fill the GPU if they can be; few have more tiles in flight.
     """
     num_rows, width = codes_shape
@@ -216,8 +219,13 @@ def kernel_heuristic(
     def sharing(config: IvfKernelConfig) -> float:
         return max(1.0, min(meeting, config.block_queries / 1.5)) if config.share else 1.0
 
+    def slots(config: IvfKernelConfig) -> int:
+        strided = full or not config.share
+        return max_slots(nprobe, tiles, config, strided=strided, max_list_tiles=max_list_tiles)
+
     def fits(config: IvfKernelConfig) -> bool:
         clustered = config.share and not full
+        scratch = slots(config) * config.slot_bytes(width) if clustered else 0
         rows = 2 * num_rows / num_lists if clustered else scanned
         seen = min(config.slot_tiles, -(-max_tiles // nprobe)) if clustered else config.slot_tiles
         expected = min(1, k / max(rows, 1)) * seen
@@ -225,17 +233,16 @@ def kernel_heuristic(
         programs = num_queries * tiles / config.slot_tiles / sharing(config)
         return (
             config.kept >= min(wanted, config.slot_tiles)
+            and scratch <= SHARING_QUERY_BYTES
             and config.block_queries * config.kept <= MAX_BLOCK_KEPT
             and replace(config, stages=2).smem_bytes(width) <= smem_limit
             and (programs >= BUSY_PROGRAMS or config.slot_tiles == SLOT_TILES[0])
         )
 
     def cost(config: IvfKernelConfig) -> float:
-        strided = full or not config.share
-        slots = max_slots(nprobe, tiles, config, strided=strided, max_list_tiles=max_list_tiles)
-        survivors = slots * TILE_ROWS * config.kept
+        survivors = slots(config) * TILE_ROWS * config.kept
         in_order = sorted_keys(survivors, config.kept, num_fetched(k, survivors))
-        masks = 3 * 8 * slots * config.slot_tiles  # gathered, written, read
+        masks = 3 * 8 * slots(config) * config.slot_tiles  # gathered, written, read
         scan = scanned * (width + 4) / sharing(config) + masks
         return scan + 8 * survivors + SORT_COST_BYTES * in_order
 
@@ -251,7 +258,8 @@ def kernel_heuristic(
     stages = 8 if few else 4
     while stages > 2 and replace(best, stages=stages).smem_bytes(width) > smem_limit:
         stages -= 1
-    return replace(best, stages=stages)
+    scratch = SHARING_SCRATCH_BYTES if best.share and not full else SCRATCH_BYTES
+    return replace(best, stages=stages, max_scratch_bytes=scratch)
 
 
 def _queries_per_list(num_queries: int, num_lists: int, nprobe: int) -> float:
@@ -262,8 +270,9 @@ def _queries_per_list(num_queries: int, num_lists: int, nprobe: int) -> float:
 
 def search_space() -> list[IvfKernelConfig]:
     """Every choice worth timing; `kernel_problem` tells which a given width allows."""
+    scratch = {True: SHARING_SCRATCH_BYTES, False: SCRATCH_BYTES}
     return [
-        IvfKernelConfig(block, length, kept, stages, share)
+        IvfKernelConfig(block, length, kept, stages, share, scratch[share])
         for block in BLOCK_QUERIES
         for length in SLOT_TILES
         for kept in KEPT[:4]

@@ -28,7 +28,6 @@ from pallas_kernels.ivf.config import (
 
 KERNEL_NAME = "ivf_scan"
 _MASKED = -3e38  # below every score; not -inf, which with a tag in its low bits would be NaN
-_SHARING_LIMIT = 8  # times the scratch, before queries that share tiles are cut in groups
 _ROUNDING = 2.0**-21  # of a score in the kernel against the same score of the reference
 _SCORES = plgpu.Layout.WGMMA
 _COLUMNS = plgpu.Layout._WGMMA_ACC_32BIT  # the same owners; takes strided columns of memory
@@ -297,35 +296,38 @@ class _Found(NamedTuple):
 
 def _best_survivors(survivors, slots: _Slots, scorer, k: int, config: IvfKernelConfig) -> _Found:
     """The k best survivors [Q, S, kept, lane]."""
-    survivors = jnp.where(slots.counts[..., None, None] > 0, survivors, _MASKED)
     fetched = num_fetched(k, survivors[0].size)  # a few more, as keys are rounded
-    best, slot, lane = _best_keys(survivors, fetched)
+    best, slot, lane = _best_keys(survivors, slots.counts > 0, fetched)
     step = lax.bitcast_convert_type(best, jnp.int32) & config.tag_mask
     tiles = slots.tiles.reshape(len(best), -1)
     tile = jnp.take_along_axis(tiles, slot * config.slot_tiles + step, axis=1)
     rows = jnp.where(best > _MASKED, tile * TILE_ROWS + lane, -1)
     # What is not among them was pushed out of a full lane, or not fetched.
-    lost = jnp.max(survivors[:, :, -1], axis=(1, 2))
+    pushed_out = jnp.where(slots.counts[..., None] > 0, survivors[:, :, -1], _MASKED)
+    lost = jnp.max(pushed_out, axis=(1, 2))
     if fetched < survivors[0].size:
         lost = jnp.maximum(lost, best[:, -1])
     scores, rows = _top(scorer.exact(rows), rows, k)
     return _Found(scores, rows, scorer.upper_bound(lost, config))
 
 
-def _best_keys(survivors: Float32[Array, "Q S kept lane"], count: int):
-    """The `count` best keys of each query, and the slots and lanes that they come from.
+def _best_keys(survivors: Float32[Array, "Q S kept lane"], used: Bool[Array, "Q S"], count: int):
+    """The `count` best keys of each query's `used` slots, and the slots and lanes they come from.
 
     Lanes keep their keys in order, so the best lie in the `count` lanes of the best first keys:
     two small sorts, of a key for each lane and of the keys of these lanes, replace a large one.
     """
     num_queries, _, kept, num_lanes = survivors.shape
     if sorted_keys(survivors[0].size, kept, count) == survivors[0].size:
-        best, place = lax.top_k(survivors.reshape(num_queries, -1), count)
+        keys = jnp.where(used[..., None, None], survivors, _MASKED).reshape(num_queries, -1)
+        best, place = lax.top_k(keys, count)
         return best, place // (kept * num_lanes), place % num_lanes
-    _, column = lax.top_k(survivors[:, :, 0].reshape(num_queries, -1), count)
+    first = jnp.where(used[..., None], survivors[:, :, 0], _MASKED).reshape(num_queries, -1)
+    first, column = lax.top_k(first, count)
     slot, lane = column // num_lanes, column % num_lanes
-    of_query = jnp.arange(num_queries)[:, None]
-    best, place = lax.top_k(survivors[of_query, slot, :, lane].reshape(num_queries, -1), count)
+    keys = survivors[jnp.arange(num_queries)[:, None], slot, :, lane]
+    keys = jnp.where(first[..., None] > _MASKED, keys, _MASKED).reshape(num_queries, -1)
+    best, place = lax.top_k(keys, count)
     slot, lane = (jnp.take_along_axis(x, place // kept, axis=1) for x in (slot, lane))
     return best, slot, lane
 
@@ -454,18 +456,16 @@ def _search_groups(
     """Scans the lists of each query, in groups of queries."""
     num_queries = own[-1].shape[0]
     make_slots = _list_slots if config.share else _strided_slots
-    # Queries of different groups share no tiles, so groups are larger where sharing is the point.
-    limit = _SHARING_LIMIT if config.share else 1
-    size = min(group_queries(num_slots, own[0].shape[1], config, limit=limit), num_queries)
+    num_groups = -(-num_queries // group_queries(num_slots, own[0].shape[1], config))
+    size = -(-num_queries // num_groups)
 
     def group(own):
         *query, starts, sizes = own
         slots = make_slots(starts, sizes, num_slots, config.slot_tiles)
         return search(*query, slots, config.num_programs(num_slots * size, distinct_slots))
 
-    if size == num_queries:
+    if num_groups == 1:
         return group(own)
-    num_groups = -(-num_queries // size)
 
     def grouped(x):
         x = jnp.pad(x, ((0, num_groups * size - num_queries), *((0, 0),) * (x.ndim - 1)))

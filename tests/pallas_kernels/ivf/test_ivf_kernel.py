@@ -40,9 +40,9 @@ def case(workload, config, *, k=None, nprobe=None, seed=0, **changes: Any):
     """(arrays by name, static arguments) of one search."""
     arrays = workload.arrays(seed) | {"mask_of_query": None, "probes": None} | changes
     nprobe = nprobe or workload.nprobe
-    bound = probed_tiles_bound(arrays["tile_offsets"], nprobe)
-    options = {"k": k or workload.k, "nprobe": nprobe, "max_tiles": bound, "config": config}
-    return arrays, options
+    bound, of_list = (probed_tiles_bound(arrays["tile_offsets"], n) for n in (nprobe, 1))
+    options = {"nprobe": nprobe, "max_tiles": bound, "max_list_tiles": of_list, "config": config}
+    return arrays, options | {"k": k or workload.k}
 
 
 def run_xla(arrays, options):
@@ -162,7 +162,7 @@ def one_lane(num_best):
         "mask_of_query": None,
         "probes": None,
     }
-    return arrays, {"k": 6, "nprobe": 1, "max_tiles": 16}
+    return arrays, {"k": 6, "nprobe": 1, "max_tiles": 16, "max_list_tiles": 16}
 
 
 def test_certificate_tells_an_overflowing_lane():
@@ -198,8 +198,27 @@ def emulated_scan(codes, scales, queries, words, tiles, counts, slots, *, config
     return out.at[places].set(kept.reshape(len(places), -1), mode="drop")
 
 
+@pytest.mark.parametrize("count", [1, 20, 200])
+def test_best_keys_come_from_the_lanes_of_the_best_first_keys(count):
+    """The same keys as one sort of all, though some tie and unused slots hold anything."""
+    rng = np.random.default_rng(count)
+    keys = -np.sort(-rng.integers(0, 500, (3, 9, 4, 64)).astype(np.float32), axis=2)
+    used = rng.random((3, 9)) < 0.7
+    used[2] = np.arange(9) == 4  # one slot alone: fewer lanes than keys wanted
+    keys = np.where(used[..., None, None], keys, np.float32(np.nan))
+    best, slot, lane = map(
+        np.asarray, mosaic_gpu._best_keys(jnp.asarray(keys), jnp.asarray(used), count)
+    )
+    flat = np.where(used[..., None, None], keys, np.float32(-3e38)).reshape(3, -1)
+    np.testing.assert_array_equal(best, -np.sort(-flat, axis=1)[:, :count])
+    real = best > -3e38
+    query = np.broadcast_to(np.arange(3)[:, None], best.shape)
+    of_lane = keys[query, slot, :, lane]
+    assert (of_lane == best[..., None]).any(axis=2)[real].all()
+
+
 @pytest.mark.parametrize(
-    ("k", "num_queries", "share"), [(50, 10**6, True), (50, 4, False), (500, 4, False)]
+    ("k", "num_queries", "share"), [(50, 10**6, True), (50, 1, False), (500, 4, False)]
 )
 def test_clustered_catalogue(k, num_queries, share, monkeypatch):
     """Schedules, certificate and choice of tiles at a size that the simulator is too slow for."""
