@@ -5,8 +5,10 @@ UV_HOME := .uv
 UV := $(shell command -v uv >/dev/null 2>&1 && uv --version >/dev/null 2>&1 && echo uv || echo $(UV_HOME)/bin/uv)
 RUN := $(UV) run --quiet
 AOT := UV_PROJECT_ENVIRONMENT=.venv-aot JAX_PLATFORMS=cpu $(UV) run --quiet --group aot
-TEST := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 $(RUN) pytest -n 2 --dist worksteal
+# Most programs of a test run once: compiled without LLVM's optimisations, and kept for the next time.
+TEST := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0 \
+  JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+  $(RUN) pytest -n 2 --dist worksteal
 DATA ?=
 
 .PHONY: demo test slow lint aot bench gpu clean
