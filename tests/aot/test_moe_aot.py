@@ -64,8 +64,9 @@ def test_forward():
     assert report.temp_bytes < transient + 64 * pairs
 
 
-def test_gradient():
-    workload = WORKLOADS["sonic_7b"]
+@pytest.mark.parametrize("name", ["conf3", "sonic_7b"])
+def test_gradient(name):
+    workload = WORKLOADS[name]
     run = functools.partial(workload.gradient, backend="mosaic_gpu")
     report = compile_for_h200(run, *workload.shapes())
     check(report, list(STAGE))

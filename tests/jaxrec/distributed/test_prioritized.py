@@ -139,8 +139,7 @@ def test_groups_of_several_kinds_with_growth():
     rng = np.random.default_rng(6)
     batches = [random_batch(rng, rows=ROWS) for _ in range(6)]
     tiny = {"items": 2, "users": 1}
-    late = {"items" + LATE: 1, "users" + LATE: 8}
-    pipeline = PrioritizedStep(tables, pair_loss, SGD, tiny | late)
+    pipeline = PrioritizedStep(tables, pair_loss, SGD, tiny | {name + LATE: 1 for name in tiny})
     found = run_pipeline(tables, pipeline, batches)[:2]
     assert pipeline.capacity["items"] > 2
     assert pipeline.capacity["items" + LATE] > 1

@@ -389,7 +389,7 @@ def run_program(folder, output, *arguments):
 def test_killed_processes_end_as_the_unbroken_one(tmp_path):
     reference = run_program(tmp_path / "a", tmp_path / "a.npz")
     assert reference.returncode == 0, reference.stderr
-    for number in np.random.default_rng(0).integers(2, 18, 2):
+    for number in np.random.default_rng(0).integers(2, 18, 4):
         killed = run_program(tmp_path / "b", tmp_path / "b.npz", "--kill-at", str(number))
         assert killed.returncode == -signal.SIGKILL
     stopped = run_program(tmp_path / "b", tmp_path / "b.npz", "--terminate-at", "2")

@@ -122,6 +122,7 @@ def of_workload(name: str, **changes) -> MoeShape:
         # The compiler lets more buffers of a chunk share their memory than the prediction does.
         ("conf3", {"save": "x", "chunk_tokens": 8192}, 0.3),
         ("conf3", {"save": "gate_up_fp8"}, 0.18),
+        ("conf4", {"activation": "silu"}, 0.1),
         ("sonic_7b", {"save": "x"}, 0.1),
     ],
     ids=str,
