@@ -1,0 +1,37 @@
+"""Sizes of the HSTU attention kernels, and what they cannot do."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+WIDTH_MULTIPLE = 32
+MAX_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class HstuConfig:
+    """Sizes that change speed, never what is computed.
+
+    Attributes:
+      programs: thread blocks of each kernel; 132 is one for each multiprocessor of an H200.
+    """
+
+    programs: int = 132
+
+    def __post_init__(self):
+        if self.programs < 1:
+            raise ValueError(f"HstuConfig.programs is {self.programs}; expected at least 1")
+
+
+def kernel_problem(q, v) -> str | None:
+    """What keeps the kernels from these arguments, or None."""
+    for name, x in (("q", q), ("v", v)):
+        if x.dtype != jnp.bfloat16:
+            return f"{name} is {x.dtype}; the kernels multiply bfloat16 only"
+        width = x.shape[2]
+        if width % WIDTH_MULTIPLE or not 0 < width <= MAX_WIDTH:
+            return (
+                f"the heads of {name} are {width} wide; the kernels need a multiple of "
+                f"{WIDTH_MULTIPLE} up to {MAX_WIDTH}"
+            )
+    return None

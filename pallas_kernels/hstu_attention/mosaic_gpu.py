@@ -1,0 +1,169 @@
+"""The forward pass of `hstu_attention` on Hopper's tensor cores.
+
+Each warpgroup takes 64 queries through the tiles of keys that they attend to: scores, bias and SiLU
+in registers, the weights through shared memory into the product with the values.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float, Int
+
+from pallas_kernels.hstu_attention import walk as walking
+from pallas_kernels.hstu_attention.biases import BiasArrays, Biases, bias_arrays
+from pallas_kernels.hstu_attention.config import HstuConfig
+from pallas_kernels.hstu_attention.tiles import (
+    TILE,
+    WORK,
+    Mask,
+    Packing,
+    from_rows,
+    list_works,
+    pack,
+    to_rows,
+)
+from pallas_kernels.hstu_attention.walk import SCORES, Buffer, Own, Walk, Work
+
+
+def product(lhs: Any, rhs: Any) -> Any:
+    """A tile of lhs · rhs, once it and all products issued before are done."""
+
+    def run(accumulator):
+        plgpu.wgmma(accumulator, lhs, rhs)
+        return accumulator[...]
+
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32))
+
+
+def masked(walk: Walk, work: Work, own: Own, position: Any, *values: Any) -> Any:
+    """Values of a tile, zero for the pairs that do not attend."""
+    query, key = (position, own.position) if walk.by_keys else (own.position, position)
+
+    def mask(*values):
+        rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=SCORES)
+        columns = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=SCORES)
+        queries, keys = (columns, rows) if walk.by_keys else (rows, columns)
+        valid = walk.mask.attends(queries + query, keys + key, work.shape)
+        return tuple(jnp.where(valid, value, 0) for value in values)
+
+    full = walk.mask.is_full(query, key, work.shape)
+    return lax.cond(full, lambda *values: values, mask, *values)
+
+
+def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
+    """out[i] = Σ silu(scores[i, j]) · v[j]."""
+    *arrays, out, buffers, weights, staging = refs
+    arrays = split_biases(biases, arrays)
+    width = v.shape[2]
+
+    def load_resident(work, copy):
+        copy(q.at[pl.ds(work.row(work.position), WORK), work.head], 0)
+        biases.load_resident(arrays, work, copy, 1)
+
+    def load_tile(work, position, copy):
+        rows = pl.ds(work.row(position), TILE)
+        copy(k.at[rows, work.head], 0)
+        copy(v.at[rows, work.head], 1)
+        biases.load_tile(arrays, work, position, copy, 2)
+
+    def compute(work, own, resident, loop, finished):
+        queries, own_weights = resident[0].at[own.rows], weights.at[own.warpgroup, 0]
+
+        def products(accumulator):
+            def tile(position, streamed, free):
+                keys, values = streamed[:2]
+                scores = product(queries, keys.T)
+                free()
+                half = biases.half_scores(
+                    scores, work, own, position, resident[1:], streamed[2:]
+                )
+                silu = half + half * jnp.tanh(half)
+                (silu,) = masked(walk, work, own, position, silu)
+                own_weights[...] = silu.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                plgpu.wgmma(accumulator, own_weights, values)
+
+            loop(tile)
+            return accumulator[...]
+
+        total = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((TILE, width), jnp.float32))
+        finished()
+        walking.store_rows(total, staging, out, work, own, walk.line)
+
+    walking.run(walk, (fields, used), buffers, load_resident, load_tile, compute)
+
+
+def split_biases(biases: Biases, refs: list[Any]) -> BiasArrays:
+    """The references of a kernel's biases, in their places."""
+    rest = iter(refs)
+    tiles = next(rest) if biases.tiles else None
+    times, table = (next(rest), next(rest)) if biases.buckets else (None, None)
+    return BiasArrays(tiles, times, table)
+
+
+def attend(
+    q: BFloat16[Array, "R H Dqk"],
+    k: BFloat16[Array, "R H Dqk"],
+    v: BFloat16[Array, "R H Dv"],
+    packing: Packing,
+    arrays: BiasArrays,
+    biases: Biases,
+    *,
+    mask: Mask,
+    config: HstuConfig,
+) -> BFloat16[Array, "R H Dv"]:
+    """Runs the kernel on rows; rows without a token are left undefined."""
+    _, heads, width = q.shape
+    v_width = v.shape[2]
+    walk = Walk(
+        "hstu_attention",
+        heads,
+        config.programs,
+        mask,
+        by_keys=False,
+        resident=(Buffer((WORK, width)), *biases.resident),
+        streamed=(Buffer((TILE, width)), Buffer((TILE, v_width)), *biases.streamed),
+        weights=1,
+    )
+    works = list_works(packing, mask, packing.rows.shape[0])
+    return walking.call(
+        walk,
+        functools.partial(_kernel, walk=walk, biases=biases),
+        jax.ShapeDtypeStruct(v.shape, v.dtype),
+        works.fields,
+        works.used,
+        q,
+        k,
+        v,
+        *(array for array in arrays if array is not None),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("alpha", "mask", "config"))
+def forward(
+    q: BFloat16[Array, "T H Dqk"],
+    k: BFloat16[Array, "T H Dqk"],
+    v: BFloat16[Array, "T H Dv"],
+    offsets: Int[Array, "B1"],
+    num_targets: Int[Array, "B"] | None,
+    position_bias: Float[Array, "H max_len"] | None,
+    timestamps: Int[Array, "T"] | None,
+    time_bias: Float[Array, "H buckets"] | None,
+    *,
+    alpha: float,
+    mask: Mask,
+    config: HstuConfig,
+) -> BFloat16[Array, "T H Dv"]:
+    """The op without its scale."""
+    packing = pack(offsets.astype(jnp.int32), num_targets, q.shape[0])
+    arrays = bias_arrays(position_bias, timestamps, time_bias, packing)
+    buckets = 0 if time_bias is None else time_bias.shape[1]
+    biases = Biases.of(arrays, alpha, buckets)
+    rows = [to_rows(x, packing) for x in (q, k, v)]
+    out = attend(*rows, packing, arrays, biases, mask=mask, config=config)
+    return from_rows(out, packing)
