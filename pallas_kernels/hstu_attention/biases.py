@@ -49,8 +49,8 @@ def bias_arrays(
     tiles = times = table = None
     if position_bias is not None:
         distance = _distances(position_bias.shape[1], by_keys)
-        tiles = jnp.take(0.5 * position_bias.astype(jnp.float32), distance, axis=1)
-        tiles = tiles.astype(jnp.bfloat16)
+        halves = (0.5 * position_bias.astype(jnp.float32)).astype(jnp.bfloat16)
+        tiles = halves.at[:, distance].get(mode="promise_in_bounds")
     if timestamps is not None and time_bias is not None:
         # Rows without a token repeat one of their sequence, so that they widen no tile's range.
         times = timestamps.astype(jnp.int32)[jnp.maximum(packing.tokens, 0)]
@@ -59,13 +59,13 @@ def bias_arrays(
     return BiasArrays(tiles, times, table)
 
 
-def _distances(max_len: int, by_keys: bool) -> np.ndarray:
-    """[tiles, 64, 64] distances within max_len of each pair of a tile's places."""
-    places = np.arange(TILE)
+def _distances(max_len: int, by_keys: bool) -> Int32[Array, "N 64 64"]:
+    """Distances, within max_len, of each pair of a tile's places, by the distance of tiles."""
+    places = jnp.arange(TILE, dtype=jnp.int32)
     inside = places[:, None] - places
-    tiles = TILE * np.arange(-1, (max_len - 1) // TILE + 1)
+    tiles = TILE * jnp.arange(-1, (max_len - 1) // TILE + 1, dtype=jnp.int32)
     inside = inside.T if by_keys else inside
-    return np.clip(tiles[:, None, None] + inside, 0, max_len - 1)
+    return jnp.clip(tiles[:, None, None] + inside, 0, max_len - 1)
 
 
 @dataclass(frozen=True)

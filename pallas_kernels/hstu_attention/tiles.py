@@ -241,7 +241,8 @@ class Works(NamedTuple):
     """What programs do: 128 queries, or keys, of a sequence each, the longest first.
 
     Attributes:
-      fields: first row and first position of the work, length and history's end of its sequence.
+      fields: first row of the sequence, first position of the work, length and history's end of
+        the sequence.
       used: how many works there are.
       tiles: columns of tiles that each work goes through; 0 for works that are not used.
     """
@@ -264,6 +265,6 @@ def list_works(packing: Packing, mask: Mask, num_tokens: int, *, by_keys: bool =
     runs = mask.query_runs if by_keys else mask.key_runs
     last = jnp.minimum(position + WORK, shape.length) - 1
     tiles = jnp.where(work < ends[-1], runs(position, last, shape).count, 0)
-    fields = (packing.starts[owner] + position, position, *shape)
+    fields = (packing.starts[owner], position, *shape)
     order, *fields = lax.sort((-tiles, *fields), num_keys=1)
     return Works(jnp.stack(fields, axis=1), ends[-1:], -order)
