@@ -1,11 +1,16 @@
 """HSTU's pointwise (SiLU) attention over packed sequences."""
 
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from pallas_kernels._backend import Backend, resolve
-from pallas_kernels.hstu_attention.ref import Masking, hstu_attention_ref
+from pallas_kernels.hstu_attention.config import HstuConfig, kernel_problem
+from pallas_kernels.hstu_attention.ref import Masking, bias_gradients, hstu_attention_ref
+from pallas_kernels.hstu_attention.tiles import Mask
 
 
 def hstu_attention(
@@ -25,7 +30,7 @@ def hstu_attention(
     timestamps: Int[jax.Array, "T"] | None = None,
     time_bias: Float[jax.Array, "H buckets"] | None = None,
     backend: Backend | None = None,
-    config: None = None,
+    config: HstuConfig | None = None,
 ) -> Float[jax.Array, "T H Dv"]:
     """Each token sums the earlier tokens of its own sequence, weighted without a softmax.
 
@@ -56,13 +61,15 @@ def hstu_attention(
         contextual token looks ahead.
       timestamps, time_bias: added by bucket floor(2·log2(1 + |seconds between|)), the last one for
         all that lie beyond.
-      backend: "xla", or None for the best supported; a name never falls back.
-      config: tiles of a kernel; the XLA backend has none.
+      backend: "xla"; "mosaic_gpu" for bf16 on Hopper and widths that are multiples of 32 up to
+        256; or None for the best supported. A name never falls back.
+      config: sizes of the kernels; the XLA backend has none.
 
     Raises:
-      ValueError: max_len < 1, a negative length, one of timestamps and time_bias without the other,
-        a config for XLA; `BackendError` for any other named backend.
+      ValueError: max_len < 1, a negative length, one of timestamps and time_bias without the other;
+        `BackendError` for a named backend that cannot run this call.
 
+    Gradient: of q, k, v, attn_scale and the biases; deterministic on the kernels.
     Cost: about 2·T·(max_len + 1.5·block)·H·(Dqk + Dv) FLOPs, twice that with contextual tokens,
     block = 16 … 128 near max_len / 2. Memory: 4·T·block·H bytes a matrix of scores, never L × L;
     the gradient keeps up to four of them (`UNROLL_LIMIT`) and recomputes longer bands.
@@ -79,20 +86,114 @@ def hstu_attention(
             raise ValueError(f"hstu_attention: {name} is {value}; expected 0 (off) or more")
     if (time_bias is None) != (timestamps is None):
         raise ValueError("hstu_attention: give both timestamps and time_bias, or neither")
-    if config is not None:
-        raise ValueError("hstu_attention: the xla backend takes no config; leave it None")
-    resolve("hstu_attention", backend, lambda: "hstu_attention has no GPU kernel")
+    chosen = resolve("hstu_attention", backend, lambda: kernel_problem(q, v), wgmma=True)
     scale = jnp.asarray(1 / max_len if attn_scale is None else attn_scale, jnp.float32)
+    scale = scale[:, None, None] if scale.ndim else scale
+    alpha = 1.0 if alpha is None else alpha
+    mask = Mask(max_attn_len, contextual_len, min_full_attn_len)
+    seq_offsets = jnp.asarray(seq_offsets)
+    if chosen == "mosaic_gpu":
+        how = _How(max_len, alpha, mask, config or HstuConfig())
+        lists = _Lists(seq_offsets, num_targets, timestamps)
+        unscaled = _attend(q, k, v, position_bias, time_bias, lists, how)
+        return (unscaled.astype(jnp.float32) * scale).astype(v.dtype)
     return hstu_attention_ref(
         q,
         k,
         v,
-        jnp.asarray(seq_offsets),
+        seq_offsets,
         max_len=max_len,
-        alpha=1.0 if alpha is None else alpha,
-        attn_scale=scale[:, None, None] if scale.ndim else scale,
-        masking=Masking(num_targets, max_attn_len, contextual_len, min_full_attn_len),
+        alpha=alpha,
+        attn_scale=scale,
+        masking=Masking(num_targets, *mask),
         position_bias=position_bias,
         timestamps=timestamps,
         time_bias=time_bias,
     )
+
+
+class _How(NamedTuple):
+    """Static arguments of the kernels."""
+
+    max_len: int
+    alpha: float
+    mask: Mask
+    config: HstuConfig
+
+
+class _Lists(NamedTuple):
+    """Integer arguments, which have no gradient."""
+
+    seq_offsets: jax.Array
+    num_targets: jax.Array | None
+    timestamps: jax.Array | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, k, v, position_bias, time_bias, lists: _Lists, how: _How) -> Any:
+    """The op on the kernels, without its scale."""
+    from pallas_kernels.hstu_attention import mosaic_gpu  # 1 s of imports that the CPU never needs
+
+    return mosaic_gpu.forward(
+        q,
+        k,
+        v,
+        lists.seq_offsets,
+        lists.num_targets,
+        position_bias,
+        lists.timestamps,
+        time_bias,
+        alpha=how.alpha,
+        mask=how.mask,
+        config=how.config,
+    )
+
+
+def _attend_forward(q, k, v, position_bias, time_bias, lists, how):
+    inputs = (q, k, v, position_bias, time_bias, lists)
+    return _attend(*inputs, how), inputs
+
+
+def _attend_backward(how: _How, inputs, d_out):
+    from pallas_kernels.hstu_attention import mosaic_gpu_vjp
+
+    q, k, v, position_bias, time_bias, lists = inputs
+    d_out = d_out.astype(v.dtype)
+    dq, dk, dv = mosaic_gpu_vjp.backward(
+        q,
+        k,
+        v,
+        lists.seq_offsets,
+        lists.num_targets,
+        position_bias,
+        lists.timestamps,
+        time_bias,
+        d_out,
+        alpha=how.alpha,
+        mask=how.mask,
+        config=how.config,
+    )
+    biases = (position_bias, time_bias)
+    if all(bias is None for bias in biases):
+        return dq, dk, dv, None, None, None
+    gradients = bias_gradients(
+        q,
+        k,
+        v,
+        lists.seq_offsets,
+        d_out,
+        max_len=how.max_len,
+        alpha=how.alpha,
+        masking=Masking(lists.num_targets, *how.mask),
+        position_bias=position_bias,
+        timestamps=lists.timestamps,
+        time_bias=time_bias,
+    )
+    d_biases = [
+        None if bias is None else gradient.astype(bias.dtype)
+        for bias, gradient in zip(biases, gradients, strict=True)
+    ]
+    return dq, dk, dv, *d_biases, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

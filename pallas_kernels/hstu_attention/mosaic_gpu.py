@@ -79,9 +79,7 @@ def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
                 keys, values = streamed[:2]
                 scores = product(queries, keys.T)
                 free()
-                half = biases.half_scores(
-                    scores, work, own, position, resident[1:], streamed[2:]
-                )
+                half = biases.half_scores(scores, work, own, position, resident[1:], streamed[2:])
                 silu = half + half * jnp.tanh(half)
                 (silu,) = masked(walk, work, own, position, silu)
                 own_weights[...] = silu.astype(jnp.bfloat16)

@@ -75,9 +75,7 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
                 keys, values = streamed[:2]
                 scores, d_weights = _products((queries, keys.T), (d_outs, values.T))
                 free()
-                half = biases.half_scores(
-                    scores, work, own, position, resident[2:], streamed[2:]
-                )
+                half = biases.half_scores(scores, work, own, position, resident[2:], streamed[2:])
                 d_scores = d_weights * _silu_slope(half)
                 (d_scores,) = masked(walk, work, own, position, d_scores)
                 own_weights[...] = d_scores.astype(jnp.bfloat16)

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
-from pallas_kernels.hstu_attention.ref import Masking
-
 TILE = 64
 """Queries and keys of a tile: rows of one warpgroup's matrix instructions."""
 WORK = 2 * TILE
@@ -30,16 +28,11 @@ class Shape(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The static part of `Masking`."""
+    """The static part of `ref.Masking`."""
 
     max_attn_len: int = 0
     contextual_len: int = 0
     min_full_attn_len: int = 0
-
-    @classmethod
-    def of(cls, masking: Masking) -> "Mask":
-        """Without the targets, which each sequence has its own number of."""
-        return cls(masking.max_attn_len, masking.contextual_len, masking.min_full_attn_len)
 
     @property
     def shift(self) -> int:
@@ -95,9 +88,7 @@ class Mask(NamedTuple):
             contextual = query < self.contextual_len
             begin = jnp.where(contextual, 0, begin)
             end = jnp.where(contextual, shape.history_end, end)
-        return Runs.of(
-            (_floor(begin), _ceil(end)), (_floor(query), _floor(last_query) + 1)
-        )
+        return Runs.of((_floor(begin), _ceil(end)), (_floor(query), _floor(last_query) + 1))
 
     def query_runs(self, key, last_key, shape: Shape) -> "Runs":
         """Tiles of queries that attend to a tile of keys (first and last position)."""

@@ -326,9 +326,7 @@ def store_rows(values, staging, out, work: Work, own: Own, line: int) -> None:
             @pl.when((count & rows) != 0)
             def _(done=done, rows=rows, first=first):
                 target = out.at[pl.ds(row + done, rows), work.head, pl.ds(first, line)]
-                plgpu.copy_smem_to_gmem(
-                    staging.at[pl.ds(done, rows)], target, commit_group=False
-                )
+                plgpu.copy_smem_to_gmem(staging.at[pl.ds(done, rows)], target, commit_group=False)
 
         plgpu.commit_smem_to_gmem_group()
 
