@@ -52,7 +52,6 @@ def bias_arrays(
         halves = (0.5 * position_bias.astype(jnp.float32)).astype(jnp.bfloat16)
         tiles = halves.at[:, distance].get(mode="promise_in_bounds")
     if timestamps is not None and time_bias is not None:
-        # Rows without a token repeat one of their sequence, so that they widen no tile's range.
         times = timestamps.astype(jnp.int32)[jnp.maximum(packing.tokens, 0)]
         padding = -time_bias.shape[1] % _TABLE_MULTIPLE
         table = jnp.pad(0.5 * time_bias.astype(jnp.float32), ((0, 0), (0, padding)))

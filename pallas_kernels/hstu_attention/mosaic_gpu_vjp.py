@@ -1,8 +1,8 @@
 """The backward pass of `hstu_attention` on Hopper's tensor cores.
 
-Scores are computed anew from q and k, which are all that is kept. Queries take one kernel, keys and
-values another, in which the tiles are [keys, queries]: each gradient is summed by one warpgroup in a
-fixed order, without atomics.
+Scores are computed anew from q and k: nothing but the arguments is kept. Queries take one kernel,
+keys and values another, in which the tiles are [keys, queries]: each gradient is summed by one
+warpgroup in a fixed order, without atomics.
 """
 
 import functools
@@ -93,7 +93,7 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
 
 
 def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases, wanted: str):
-    """dk[j] = α · Σ silu'(scores) · ⟨d_out[i], v[j]⟩ · q[i] and dv[j] = Σ silu(scores) · d_out[i]."""
+    """dk[j] = α · Σ silu'(scores) · ⟨d_out[i], v[j]⟩ · q[i]; dv[j] = Σ silu(scores) · d_out[i]."""
     *refs, buffers, weights, staging = refs
     arrays, out = refs[: -len(wanted)], refs[-len(wanted) :]
     arrays = split_biases(biases, arrays)

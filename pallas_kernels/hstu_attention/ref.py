@@ -76,7 +76,7 @@ def time_bucket(seconds: jax.Array, num_buckets: int) -> jax.Array:
 
 
 class BlockPairs:
-    """Scores of all pairs of blocks that lie one offset apart; arguments as `hstu_attention_ref`."""
+    """Scores of the pairs of blocks one offset apart; arguments as `hstu_attention_ref`."""
 
     def __init__(
         self, q, k, seq_offsets, *, max_len, alpha, masking, position_bias, timestamps, time_bias

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, WORK, Mask, Runs, Shape
 
-_SHARED_BYTES = 224 * 1024  # of 227 KiB; the compiler needs the rest
+_SHARED_BYTES = 226 * 1024  # of 227 KiB; barriers take the rest
 _MAX_STAGES = 4
 _PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 24, 240
 SCORES = plgpu.Layout.WGMMA
@@ -83,14 +83,19 @@ class Walk:
 
     @property
     def line(self) -> int:
-        """Columns of a line of shared memory: the operands of one product must be swizzled alike."""
+        """Columns of a line of shared memory, of which all operands of a product have the same."""
         matrices = [buffer.shape for buffer in self.resident + self.streamed if buffer.shape[1:]]
         return min(64 if shape[-1] % 64 == 0 else 32 for shape in matrices)
 
     @property
+    def has_staging(self) -> bool:
+        """Whether results need memory of their own; else they leave through that of the weights."""
+        return self.line != TILE
+
+    @property
     def _fixed_bytes(self) -> int:
-        weights = 2 * self.weights * TILE * TILE * 2
-        return weights + 2 * TILE * self.line * 2 + 1024
+        staging = 2 * TILE * self.line * 2 * self.has_staging
+        return 2 * self.weights * TILE * TILE * 2 + staging
 
     @property
     def stages(self) -> int:
@@ -277,6 +282,8 @@ def run(
             @pl.when(exists)
             def _():
                 lax.fori_loop(0, first, skip, None)
+                # Results of the work before leave through memory that this one writes.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_wait(kept_full.at[slot])
                 compute(work, own, [buffer.at[slot] for buffer in resident], loop, finished)
 
@@ -343,14 +350,19 @@ def call(walk: Walk, kernel: Callable[..., None], out_type: Any, *args: jax.Arra
         plgpu.Barrier(num_arrivals=_copies(walk.streamed), num_barriers=walk.stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=walk.stages),
         swizzled((2, walk.weights, TILE, TILE), walk.line),
-        swizzled((2, TILE, walk.line), walk.line),
     ]
+    if walk.has_staging:
+        scratch.append(swizzled((2, TILE, walk.line), walk.line))
 
     def body(*refs):
         split = len(refs) - len(scratch)
-        own = refs[split:]
-        kept, ring, rest = own[: len(resident)], own[len(resident) : -6], own[-6:]
-        kernel(*refs[:split], (kept, ring, rest[:4]), *rest[4:])
+        own, inputs = iter(refs[split:]), refs[:split]
+        kept, ring, barriers = (
+            [next(own) for _ in range(n)] for n in (len(resident), len(streamed), 4)
+        )
+        weights = next(own)
+        staging = next(own) if walk.has_staging else weights.at[:, 0]
+        kernel(*inputs, (kept, ring, barriers), weights, staging)
 
     return plgpu.kernel(
         body,

@@ -1,0 +1,233 @@
+"""The kernels against the dense formula: simulated with race detection, and compiled on a GPU."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import offsets_of
+from dense_hstu import dense_hstu, dense_mask
+
+from pallas_kernels._testing import simulate
+from pallas_kernels.hstu_attention import hstu_attention
+from pallas_kernels.hstu_attention.config import HstuConfig, kernel_problem
+from pallas_kernels.hstu_attention.ref import Masking, bias_gradients, hstu_attention_ref
+from pallas_kernels.hstu_attention.tiles import Mask
+
+CONFIG = HstuConfig(programs=2)
+CALL = "simulated_hstu:value_and_gradients"
+BUCKETS = 20
+
+
+def arguments(
+    lengths, *, qk_width=64, v_width=64, heads=1, position=False, times=False, seed=0, max_len=200
+) -> dict[str, Any]:
+    """Arrays of the op; behind the last sequence three slots hold large values."""
+    rng = np.random.default_rng(seed)
+    num_tokens = sum(lengths) + 3
+
+    def normal(width):
+        x = rng.standard_normal((num_tokens, heads, width))
+        x[sum(lengths) :] = 1e4
+        return np.asarray(x, jnp.bfloat16)
+
+    table = lambda size: rng.standard_normal((heads, size)).astype(np.float32)  # noqa: E731
+    return {
+        "q": normal(qk_width),
+        "k": normal(qk_width),
+        "v": normal(v_width),
+        "d_out": normal(v_width),
+        "offsets": offsets_of(lengths),
+        "position_bias": table(max_len) if position else None,
+        "time_bias": table(BUCKETS) if times else None,
+        "timestamps": rng.integers(0, 3000, num_tokens).astype(np.int32) if times else None,
+        "num_targets": None,
+    }
+
+
+def call_of(arrays, mask=Mask(), max_len=200):  # noqa: B008
+    """What `simulate` takes for `CALL`."""
+    lists = (arrays["offsets"], arrays["num_targets"], arrays["timestamps"])
+    names = ("q", "k", "v", "position_bias", "time_bias")
+    how = (max_len, arrays["q"].shape[2] ** -0.5, mask, CONFIG)
+    return (*(arrays[name] for name in names), lists, arrays["d_out"], how), {}
+
+
+def expected(arrays, mask):
+    """(out, gradients of q, k, v and the biases), dense and in f32 of the same inputs."""
+    offsets, num_tokens = arrays["offsets"], len(arrays["q"])
+    dense = dense_mask(
+        offsets,
+        num_tokens,
+        num_targets=arrays["num_targets"],
+        max_attn_len=mask.max_attn_len,
+        contextual_len=mask.contextual_len,
+        min_full_attn_len=mask.min_full_attn_len,
+    )
+
+    def op(q, k, v, position_bias, time_bias):
+        return dense_hstu(
+            jnp,
+            q,
+            k,
+            v,
+            dense,
+            alpha=arrays["q"].shape[2] ** -0.5,
+            scale=1.0,
+            position_bias=position_bias,
+            time_bias=time_bias,
+            timestamps=arrays["timestamps"],
+        )
+
+    used = np.arange(num_tokens)[:, None, None] < offsets[-1]
+    wide = [np.where(used, arrays[name], 0).astype(np.float32) for name in ("q", "k", "v")]
+    d_out = np.where(used, arrays["d_out"], 0).astype(np.float32)
+    out, pull = jax.vjp(op, *wide, arrays["position_bias"], arrays["time_bias"])
+    return out, *pull(jnp.asarray(d_out))
+
+
+def close(got, want, tolerance=2e-2):
+    assert (got is None) == (want is None)
+    if want is not None:
+        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+CASES = [
+    # lengths, targets, mask, options
+    ([65, 0, 1, 200, 63, 64], None, Mask(), {"v_width": 32}),
+    ([65, 0, 130], None, Mask(), {"qk_width": 32, "position": True, "times": True}),
+    ([200, 90], [10, 70], Mask(50, 3, 20), {"position": True, "heads": 2}),
+    ([70, 130], [0, 3], Mask(0, 2, 0), {"times": True}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_simulated_op_equals_the_dense_formula_without_races(case):
+    lengths, targets, mask, options = CASES[case]
+    arrays = arguments(lengths, **options)
+    arrays["num_targets"] = None if targets is None else np.asarray(targets, np.int32)
+    [results] = simulate(CALL, [call_of(arrays, mask)], timeout_s=280)
+    for got, want in zip(results, expected(arrays, mask), strict=True):
+        close(got, want)
+    for rows in results[:4]:
+        assert not np.asarray(rows[sum(lengths) :]).any(), "slots behind the last sequence"
+
+
+@pytest.mark.slow
+def test_simulated_sequences_do_not_see_each_other():
+    """Bit for bit: permuted sequences give permuted results, and one alone gives its own."""
+    lengths, order = [70, 3, 129], [2, 0, 1]
+    arrays = arguments(lengths, times=True, position=True)
+    offsets = arrays["offsets"]
+
+    def of(chosen):
+        slots = np.concatenate([np.arange(offsets[b], offsets[b + 1]) for b in chosen])
+        slots = np.append(slots, np.arange(offsets[-1], len(arrays["q"])))
+        moved = {
+            name: x[slots] if name in ("q", "k", "v", "d_out", "timestamps") else x
+            for name, x in arrays.items()
+        }
+        return slots, moved | {"offsets": offsets_of([lengths[b] for b in chosen])}
+
+    choices = [of(chosen) for chosen in (range(3), order, [2])]
+    results = simulate(CALL, [call_of(moved) for _, moved in choices], timeout_s=280)
+    for (slots, _), got in zip(choices, results, strict=True):
+        for ours, whole in zip(got[:4], results[0][:4], strict=True):
+            np.testing.assert_array_equal(ours, whole[slots])
+
+
+@pytest.mark.parametrize("max_len", [90, 600])
+def test_bias_gradients_are_those_of_the_reference(max_len):
+    lengths = [90, 0, 17] if max_len == 90 else [520, 31]
+    arrays = arguments(lengths, position=True, times=True, heads=2, max_len=max_len)
+    offsets = jnp.asarray(arrays["offsets"])
+    q, k, v, d_out = (jnp.asarray(arrays[name], jnp.float32) for name in ("q", "k", "v", "d_out"))
+    targets = jnp.asarray([2, 0, 1][: len(lengths)], jnp.int32)
+    options: Any = {
+        "max_len": max_len,
+        "alpha": 0.1,
+        "masking": Masking(targets, 50, 3, 20),
+        "timestamps": jnp.asarray(arrays["timestamps"]),
+    }
+    biases = [jnp.asarray(arrays[name]) for name in ("position_bias", "time_bias")]
+
+    def op(position_bias, time_bias):
+        return hstu_attention_ref(
+            q,
+            k,
+            v,
+            offsets,
+            attn_scale=jnp.float32(1),
+            position_bias=position_bias,
+            time_bias=time_bias,
+            **options,
+        )
+
+    _, pull = jax.vjp(op, *biases)
+    position_bias, time_bias = biases
+    got = bias_gradients(
+        q, k, v, offsets, d_out, position_bias=position_bias, time_bias=time_bias, **options
+    )
+    for ours, theirs in zip(got, pull(d_out), strict=True):
+        close(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("width", "v_width", "dtype", "problem"),
+    [
+        (64, 64, jnp.float32, "q is float32"),
+        (50, 64, jnp.bfloat16, "heads of q are 50 wide"),
+        (64, 288, jnp.bfloat16, "heads of v are 288 wide"),
+        (32, 256, jnp.bfloat16, None),
+    ],
+)
+def test_unsupported_calls_are_explained(width, v_width, dtype, problem):
+    q, v = (jax.ShapeDtypeStruct((8, 2, n), dtype) for n in (width, v_width))
+    found = kernel_problem(q, v)
+    assert found is None if problem is None else problem in (found or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+class TestOnGpu:
+    @pytest.mark.parametrize("case", range(len(CASES)))
+    @pytest.mark.parametrize("widths", [(32, 64), (64, 64), (128, 128), (256, 256)])
+    def test_equals_the_dense_formula(self, case, widths):
+        lengths, targets, mask, options = CASES[case]
+        options = options | {"qk_width": widths[0], "v_width": widths[1]}
+        arrays = arguments(lengths, **options)
+        arrays["num_targets"] = None if targets is None else np.asarray(targets, np.int32)
+        alpha = widths[0] ** -0.5
+        device = jax.tree.map(jnp.asarray, arrays)
+
+        @jax.jit
+        def run(q, k, v, position_bias, time_bias, d_out):
+            def op(q, k, v, position_bias, time_bias):
+                return hstu_attention(
+                    q,
+                    k,
+                    v,
+                    device["offsets"],
+                    max_len=200,
+                    alpha=alpha,
+                    attn_scale=1.0,
+                    num_targets=device["num_targets"],
+                    position_bias=position_bias,
+                    timestamps=device["timestamps"],
+                    time_bias=time_bias,
+                    backend="mosaic_gpu",
+                    **mask._asdict(),
+                )
+
+            out, pull = jax.vjp(op, q, k, v, position_bias, time_bias)
+            return out, *pull(d_out)
+
+        names = ("q", "k", "v", "position_bias", "time_bias", "d_out")
+        first, second = (run(*(device[name] for name in names)) for _ in range(2))
+        for got, again, want in zip(first, second, expected(arrays, mask), strict=True):
+            if want is not None:
+                np.testing.assert_array_equal(got, again)
+            close(got, want, 3e-2)

@@ -1,0 +1,134 @@
+"""Tiles and works: every pair that attends is in one, few others are, and all rows are found."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import offsets_of
+from dense_hstu import dense_mask
+
+from pallas_kernels.hstu_attention.tiles import (
+    TILE,
+    WORK,
+    Mask,
+    Shape,
+    from_rows,
+    list_works,
+    pack,
+    to_rows,
+)
+
+# length, targets and mask
+SEQUENCES = [
+    (1, 0, Mask()),
+    (64, 64, Mask()),
+    (500, 150, Mask()),
+    (450, 3, Mask(max_attn_len=100)),
+    (450, 140, Mask(max_attn_len=64, min_full_attn_len=80)),
+    (330, 70, Mask(contextual_len=3)),
+    (520, 130, Mask(contextual_len=70, max_attn_len=40, min_full_attn_len=9)),
+    (300, 297, Mask(contextual_len=3, max_attn_len=5)),
+]
+
+
+@pytest.mark.parametrize(("length", "targets", "mask"), SEQUENCES)
+def test_runs_cover_what_attends(length, targets, mask):
+    shape = Shape(np.int32(length), np.int32(length - targets))
+    position = jnp.arange(length)
+    attends = np.asarray(mask.attends(position[:, None], position, shape))
+    wanted = dense_mask(
+        [0, length],
+        length,
+        num_targets=[targets],
+        max_attn_len=mask.max_attn_len,
+        contextual_len=mask.contextual_len,
+        min_full_attn_len=mask.min_full_attn_len,
+    )
+    np.testing.assert_array_equal(attends, wanted)
+    for runs, pairs in ((mask.key_runs, attends), (mask.query_runs, attends.T)):
+        check_runs(runs, pairs, shape)
+
+
+def needed_tiles(pairs, begin, end):
+    columns = np.flatnonzero(pairs[begin:end].any(0))
+    return set((columns // TILE).tolist())
+
+
+def check_runs(runs, pairs, shape):
+    length = int(shape.length)
+    for begin in range(0, length, WORK):
+        last = min(begin + WORK, length) - 1
+        work = runs(np.int32(begin), np.int32(last), shape)
+        listed = [int(work.tile(np.int32(step))) for step in range(int(work.count))]
+        assert listed == sorted(set(listed))
+        assert set(listed) <= set(range(-(-length // TILE)))
+        for first in range(begin, last + 1, TILE):
+            end = min(first + TILE, length)
+            own = runs(np.int32(first), np.int32(end - 1), shape)
+            low, high = (int(place) for place in work.within(own))
+            assert needed_tiles(pairs, first, end) <= set(listed[low:high])
+
+
+@pytest.mark.parametrize(("length", "targets", "mask"), SEQUENCES)
+def test_full_tiles_are_full(length, targets, mask):
+    shape = Shape(np.int32(length), np.int32(length - targets))
+    position = jnp.arange(length)
+    attends = np.asarray(mask.attends(position[:, None], position, shape))
+    claimed = exist = 0
+    for query in range(0, length - TILE + 1, TILE):
+        for key in range(0, length - TILE + 1, TILE):
+            is_full = attends[query : query + TILE, key : key + TILE].all()
+            says = bool(mask.is_full(np.int32(query), np.int32(key), shape))
+            assert is_full or not says
+            claimed, exist = claimed + says, exist + is_full
+    assert claimed >= 0.8 * exist
+
+
+@pytest.mark.parametrize("lengths", [[65, 0, 1, 130], [0, 0, 7], [8, 16, 64]])
+def test_rows_hold_every_token_once(lengths):
+    offsets, num_tokens = offsets_of(lengths), sum(lengths) + 5
+    packing = pack(jnp.asarray(offsets), None, num_tokens)
+    assert not np.any(np.asarray(packing.starts) % 8)
+    x = jnp.arange(1, num_tokens + 1)[:, None]
+    rows = np.asarray(to_rows(x, packing))
+    assert sorted(rows[rows > 0]) == list(range(1, sum(lengths) + 1))
+    back = np.asarray(from_rows(jnp.asarray(rows), packing))
+    np.testing.assert_array_equal(back[: sum(lengths)], x[: sum(lengths)])
+    assert not back[sum(lengths) :].any()
+
+
+def computed_pairs(lengths, mask, targets=None):
+    """Pairs in the tiles that warpgroups go through."""
+    lengths = np.asarray(lengths)
+    offsets = jnp.asarray(offsets_of(lengths))
+    packing = pack(offsets, targets, int(lengths.sum()))
+    works = list_works(packing, mask, int(lengths.sum()))
+    tiles = np.asarray(works.tiles)
+    assert np.all(np.diff(tiles) <= 0), "the longest first"
+    fields = np.asarray(works.fields)[: int(works.used[0])]
+    assert len(fields) == np.sum(-(-lengths // WORK))
+    total = 0
+    for half in range(2):
+        _, position, length, history_end = jnp.asarray(fields.T)
+        shape = Shape(length, history_end)
+        work = mask.key_runs(position, jnp.minimum(position + WORK, length) - 1, shape)
+        own = position + half * TILE
+        low, high = work.within(mask.key_runs(own, jnp.minimum(own + TILE, length) - 1, shape))
+        total += int(jnp.sum(jnp.where(own < length, high - low, 0)))
+    return total * TILE**2
+
+
+@pytest.mark.parametrize("longest", [512, 4096, 16_384])
+def test_few_pairs_are_computed_in_vain(longest):
+    """Lengths by Zipf's law with exponent 1.2 and, like published ones, none below 64."""
+    rng = np.random.default_rng(0)
+    choices = np.arange(64, longest + 1)
+    weights = choices**-1.2
+    lengths = rng.choice(choices, 256, p=weights / weights.sum())
+    needed = np.sum(lengths.astype(np.int64) * (lengths + 1) // 2)
+    limit = {512: 1.35, 4096: 1.1, 16_384: 1.1}[longest]
+    assert computed_pairs(lengths, Mask()) <= limit * needed
+
+
+def test_a_window_bounds_the_work():
+    windowed = computed_pairs([4096], Mask(max_attn_len=128))
+    assert windowed <= 4096 * (128 + 2 * TILE)
