@@ -45,11 +45,21 @@ class AttentionWorkload:
         offsets = np.concatenate([[0], np.cumsum(self.lengths(seed))]).astype(np.int32)
         return *qkv, offsets
 
-    def run(self, *arrays: Any, backend: Backend | None = None, config: None = None) -> jax.Array:
+    def run(self, *arrays: Any, backend: Backend | None = None, config: Any = None) -> jax.Array:
         """The op of (q, k, v, seq_offsets) with the static arguments."""
         return self.op(
             *map(jnp.asarray, arrays), max_len=self.max_len, backend=backend, config=config
         )
+
+    def gradient(
+        self, *arrays: Any, backend: Backend | None = None, config: Any = None
+    ) -> tuple[jax.Array, ...]:
+        """(out, gradients of q, k and v); v stands in for the gradient of out."""
+        q, k, v, offsets = map(jnp.asarray, arrays)
+        out, pull = jax.vjp(
+            lambda q, k, v: self.run(q, k, v, offsets, backend=backend, config=config), q, k, v
+        )
+        return out, *pull(v.astype(out.dtype))
 
     def floor_bytes(self) -> int:
         """q, k and v read once, the output written once."""

@@ -31,4 +31,4 @@ def test_floors():
     workload = WORKLOADS["tiny"]
     assert workload.floor_bytes() == sum(array.nbytes for array in workload.arrays(0)[:3]) * 4 // 3
     pairs = sum(int(n) * (int(n) + 1) // 2 for n in workload.lengths(0))
-    assert workload.floor_flops() == 2 * 2 * 8 * 2 * pairs
+    assert workload.floor_flops() == 4 * workload.heads * workload.width * pairs

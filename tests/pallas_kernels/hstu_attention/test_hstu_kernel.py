@@ -14,6 +14,7 @@ from pallas_kernels.hstu_attention import hstu_attention
 from pallas_kernels.hstu_attention.config import HstuConfig, kernel_problem
 from pallas_kernels.hstu_attention.ref import Masking, bias_gradients, hstu_attention_ref
 from pallas_kernels.hstu_attention.tiles import Mask
+from pallas_kernels.hstu_attention.workloads import WORKLOADS
 
 CONFIG = HstuConfig(programs=2)
 CALL = "simulated_hstu:value_and_gradients"
@@ -230,4 +231,14 @@ class TestOnGpu:
         for got, again, want in zip(first, second, expected(arrays, mask), strict=True):
             if want is not None:
                 np.testing.assert_array_equal(got, again)
+            close(got, want, 3e-2)
+
+    @pytest.mark.parametrize("name", ["200", "1k"])
+    def test_workloads_run_the_kernels(self, name):
+        workload = WORKLOADS[name]
+        arrays = [jax.device_put(array) for array in workload.arrays(0)]
+        compiled = jax.jit(workload.gradient).lower(*arrays).compile()
+        assert "hstu_key_gradient_mosaic_gpu" in (compiled.as_text() or "")
+        wanted = workload.gradient(*arrays, backend="xla")
+        for got, want in zip(compiled(*arrays), wanted, strict=True):
             close(got, want, 3e-2)

@@ -1,0 +1,101 @@
+"""The HSTU attention kernels as the compiler sees them: no spills, tensor cores, linear memory."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import hstu_attention
+from pallas_kernels.aot import aot_available, compile_for_h200
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(aot_available() is not None, reason=str(aot_available())),
+]
+MASK = {"max_attn_len": 300, "contextual_len": 3, "min_full_attn_len": 20}
+
+
+def shapes(num_tokens, *, heads=4, widths=(64, 64), max_len=1024, position=False, times=False):
+    """Arguments of `op`, None for what is missing."""
+    array = jax.ShapeDtypeStruct
+    q, v = (array((num_tokens, heads, width), jnp.bfloat16) for width in widths)
+    return (
+        q,
+        q,
+        v,
+        array((33,), jnp.int32),
+        array((32,), jnp.int32),
+        array((heads, max_len), jnp.float32) if position else None,
+        array((num_tokens,), jnp.int32) if times else None,
+        array((heads, 40), jnp.float32) if times else None,
+    )
+
+
+def op(q, k, v, offsets, targets, position_bias, timestamps, time_bias, *, max_len, **mask: Any):
+    return hstu_attention(
+        q,
+        k,
+        v,
+        offsets,
+        max_len=max_len,
+        alpha=0.125,
+        num_targets=targets,
+        position_bias=position_bias,
+        timestamps=timestamps,
+        time_bias=time_bias,
+        **mask,
+    )
+
+
+def gradient(q, k, v, *rest, **static: Any):
+    _, pull = jax.vjp(lambda q, k, v: op(q, k, v, *rest, **static), q, k, v)
+    return pull(v)
+
+
+def check(report, names):
+    kernels = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
+    assert len(kernels) == len(names)
+    for name in names:
+        kernel = report.kernel(f"{name}_mosaic_gpu")
+        assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0, name
+        assert kernel.registers <= 168, "three warpgroups fit 65,536 registers"
+        assert kernel.count("HGMMA") > 0
+        assert kernel.count("UTMALDG") >= 3
+        assert kernel.count("UTMASTG") >= 4
+        atomics = sum(kernel.count(opcode) for opcode in ("ATOMG", "RED", "REDG"))
+        assert atomics == 0, f"{name} would not be deterministic"
+
+
+@pytest.mark.parametrize("widths", [(32, 96), (64, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_forward(widths, biased):
+    arguments = shapes(8192, widths=widths, position=biased, times=biased)
+    report = compile_for_h200(
+        lambda *args: op(*args, max_len=1024, **(MASK if biased else {})), *arguments
+    )
+    check(report, ["hstu_attention"])
+
+
+@pytest.mark.parametrize("widths", [(32, 96), (64, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradient(widths, biased):
+    arguments = shapes(8192, widths=widths, position=biased, times=biased)
+    report = compile_for_h200(
+        lambda *args: gradient(*args, max_len=1024, **(MASK if biased else {})), *arguments
+    )
+    names = ["hstu_query_gradient", "hstu_key_gradient"]
+    check(report, names + ["hstu_value_gradient"] * (sum(widths) > 256))
+
+
+@pytest.mark.parametrize("function", [op, gradient])
+def test_memory_is_linear_in_tokens(function):
+    """One sequence may fill all slots, from 2,048 to 65,536."""
+
+    def temp_bytes(num_tokens):
+        arguments = shapes(num_tokens, max_len=num_tokens, position=True)
+        report = compile_for_h200(lambda *args: function(*args, max_len=num_tokens), *arguments)
+        return report.temp_bytes
+
+    small, large = temp_bytes(2048), temp_bytes(65_536)
+    assert large <= 1.05 * 32 * small
