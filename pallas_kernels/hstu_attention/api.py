@@ -92,7 +92,7 @@ def hstu_attention(
     alpha = 1.0 if alpha is None else alpha
     mask = Mask(max_attn_len, contextual_len, min_full_attn_len)
     seq_offsets = jnp.asarray(seq_offsets)
-    if chosen == "mosaic_gpu":
+    if chosen == "mosaic_gpu" and q.shape[0] and seq_offsets.shape[0] > 1:
         how = _How(max_len, alpha, mask, config or HstuConfig())
         lists = _Lists(seq_offsets, num_targets, timestamps)
         unscaled = _attend(q, k, v, position_bias, time_bias, lists, how)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels.hstu_attention.ref import time_bucket
-from pallas_kernels.hstu_attention.tiles import TILE, WORK, Packing
+from pallas_kernels.hstu_attention.tiles import TILE, WORK, Packing, to_rows
 from pallas_kernels.hstu_attention.walk import BY_COLUMN, BY_ROW, SCORES, Buffer, Own, Work
 
 _SQRT2 = np.uint32(0xB504F333)  # √2·2^31, rounded down
@@ -52,7 +52,7 @@ def bias_arrays(
         halves = (0.5 * position_bias.astype(jnp.float32)).astype(jnp.bfloat16)
         tiles = halves.at[:, distance].get(mode="promise_in_bounds")
     if timestamps is not None and time_bias is not None:
-        times = timestamps.astype(jnp.int32)[jnp.maximum(packing.tokens, 0)]
+        times = to_rows(timestamps.astype(jnp.int32), packing)
         padding = -time_bias.shape[1] % _TABLE_MULTIPLE
         table = jnp.pad(0.5 * time_bias.astype(jnp.float32), ((0, 0), (0, padding)))
     return BiasArrays(tiles, times, table)

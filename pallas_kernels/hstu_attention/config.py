@@ -14,9 +14,13 @@ class HstuConfig:
 
     Attributes:
       programs: thread blocks of each kernel; 132 is one for each multiprocessor of an H200.
+      aligned: promises that every sequence starts at a multiple of 8 slots, and that the slots
+        behind the last one hold finite values. The kernels then read and write q, k, v and out
+        where they are instead of in copies. Results are NaN where a sequence starts elsewhere.
     """
 
     programs: int = 132
+    aligned: bool = False
 
     def __post_init__(self):
         if self.programs < 1:

@@ -49,7 +49,7 @@ def masked(walk: Walk, work: Work, own: Own, position: Any, *values: Any) -> Any
         columns = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=SCORES)
         queries, keys = (columns, rows) if walk.by_keys else (rows, columns)
         valid = walk.mask.attends(queries + query, keys + key, work.shape)
-        return tuple(jnp.where(valid, value, 0) for value in values)
+        return tuple(jnp.where(valid, value, jnp.zeros((), value.dtype)) for value in values)
 
     full = walk.mask.is_full(query, key, work.shape)
     return lax.cond(full, lambda *values: values, mask, *values)
@@ -112,6 +112,7 @@ def attend(
     arrays: BiasArrays,
     biases: Biases,
     *,
+    num_tokens: int,
     mask: Mask,
     config: HstuConfig,
 ) -> BFloat16[Array, "R H Dv"]:
@@ -128,7 +129,7 @@ def attend(
         streamed=(Buffer((TILE, width)), Buffer((TILE, v_width)), *biases.streamed),
         weights=1,
     )
-    works = list_works(packing, mask, packing.rows.shape[0])
+    works = list_works(packing, mask, num_tokens)
     return walking.call(
         walk,
         functools.partial(_kernel, walk=walk, biases=biases),
@@ -158,10 +159,11 @@ def forward(
     config: HstuConfig,
 ) -> BFloat16[Array, "T H Dv"]:
     """The op without its scale."""
-    packing = pack(offsets.astype(jnp.int32), num_targets, q.shape[0])
+    num_tokens = q.shape[0]
+    packing = pack(offsets.astype(jnp.int32), num_targets, num_tokens, aligned=config.aligned)
     arrays = bias_arrays(position_bias, timestamps, time_bias, packing)
     buckets = 0 if time_bias is None else time_bias.shape[1]
     biases = Biases.of(arrays, alpha, buckets)
     rows = [to_rows(x, packing) for x in (q, k, v)]
-    out = attend(*rows, packing, arrays, biases, mask=mask, config=config)
+    out = attend(*rows, packing, arrays, biases, num_tokens=num_tokens, mask=mask, config=config)
     return from_rows(out, packing)

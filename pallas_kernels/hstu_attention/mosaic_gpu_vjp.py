@@ -29,6 +29,8 @@ from pallas_kernels.hstu_attention.tiles import (
 )
 from pallas_kernels.hstu_attention.walk import Buffer, Walk
 
+_PIECE = 16  # columns
+
 
 def _products(*pairs: tuple[Any, Any]) -> list[Any]:
     """Tiles lhs · rhs, once they and all products issued before are done."""
@@ -42,10 +44,35 @@ def _products(*pairs: tuple[Any, Any]) -> list[Any]:
     return pl.run_scoped(run, *[tile] * len(pairs))
 
 
-def _silu_slope(half: Any) -> Any:
-    """Derivative of SiLU at 2·half."""
+def _silu_and_slope(half: Any) -> tuple[Any, Any]:
+    """SiLU and its derivative at 2·half."""
     tanh = jnp.tanh(half)
-    return (0.5 + 0.5 * tanh) * (1 + half * (1 - tanh))
+    return half + half * tanh, (0.5 + 0.5 * tanh) * (1 + half * (1 - tanh))
+
+
+def _d_scores(half: Any, d_weights: Any) -> tuple[Any]:
+    return (d_weights * _silu_and_slope(half)[1],)
+
+
+def _d_scores_and_weights(half: Any, d_weights: Any) -> tuple[Any, Any]:
+    weights, slope = _silu_and_slope(half)
+    return d_weights * slope, weights
+
+
+def _weights(half: Any) -> tuple[Any]:
+    return (_silu_and_slope(half)[0],)
+
+
+def _by_pieces(function: Any, *tiles: Any) -> list[Any]:
+    """Results of an elementwise function in bf16, a few columns at a time.
+
+    Rounded at once: whole tiles in f32 would not fit the registers.
+    """
+    pieces = []
+    for first in range(0, TILE, _PIECE):
+        results = function(*(tile[:, first : first + _PIECE] for tile in tiles))
+        pieces.append([result.astype(jnp.bfloat16) for result in results])
+    return [jnp.concatenate(own, axis=1) for own in zip(*pieces, strict=True)]
 
 
 def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases):
@@ -76,9 +103,8 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
                 scores, d_weights = _products((queries, keys.T), (d_outs, values.T))
                 free()
                 half = biases.half_scores(scores, work, own, position, resident[2:], streamed[2:])
-                d_scores = d_weights * _silu_slope(half)
-                (d_scores,) = masked(walk, work, own, position, d_scores)
-                own_weights[...] = d_scores.astype(jnp.bfloat16)
+                values = _by_pieces(_d_scores, half, d_weights)
+                (own_weights[...],) = masked(walk, work, own, position, *values)
                 plgpu.commit_smem()
                 plgpu.wgmma(accumulator, own_weights, keys)
 
@@ -98,6 +124,7 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
     arrays, out = refs[: -len(wanted)], refs[-len(wanted) :]
     arrays = split_biases(biases, arrays)
     with_keys, with_values = "k" in wanted, "v" in wanted
+    function = _weights if not with_keys else _d_scores_and_weights if with_values else _d_scores
     kept = 1 + with_keys  # residents: keys, and values where they are needed
 
     def load_resident(work, copy):
@@ -125,12 +152,10 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
                 half = biases.half_scores(
                     scores, work, own, position, resident[kept:], streamed[2:]
                 )
-                values = [d * _silu_slope(half) for d in d_weights]
-                if with_values:
-                    values.append(half + half * jnp.tanh(half))
+                values = _by_pieces(function, half, *d_weights)
                 values = masked(walk, work, own, position, *values)
                 for n, value in enumerate(values):
-                    weights.at[own.warpgroup, n][...] = value.astype(jnp.bfloat16)
+                    weights.at[own.warpgroup, n][...] = value
                 plgpu.commit_smem()
                 operands = [queries] * with_keys + [d_outs] * with_values
                 for n, (accumulator, operand) in enumerate(
@@ -172,7 +197,7 @@ def backward(
     """(dq, dk, dv) of `mosaic_gpu.forward`."""
     num_tokens, heads, width = q.shape
     v_width = v.shape[2]
-    packing = pack(offsets.astype(jnp.int32), num_targets, num_tokens)
+    packing = pack(offsets.astype(jnp.int32), num_targets, num_tokens, aligned=config.aligned)
     rows = [to_rows(x, packing) for x in (q, k, v, d_out)]
     buckets = 0 if time_bias is None else time_bias.shape[1]
 

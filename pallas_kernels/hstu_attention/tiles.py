@@ -176,22 +176,38 @@ class Packing(NamedTuple):
     """Where sequences stand among rows: each starts at a multiple of `ROW_MULTIPLE`.
 
     Attributes:
+      offsets: of the sequences among the tokens; i32[B + 1].
       starts: first row of each sequence; i32[B].
       shapes: of each sequence; i32[B] each.
-      tokens: token of each row, -1 where there is none; i32[R].
-      rows: row of each token, -1 behind the last sequence; i32[T].
+      tokens: token of each row, -1 where there is none; i32[R]. None where rows are the tokens.
+      rows: row of each token, -1 behind the last sequence; i32[T]. None where rows are the tokens.
     """
 
+    offsets: Int32[Array, "B1"]
     starts: Int32[Array, "B"]
     shapes: Shape
-    tokens: Int32[Array, "R"]
-    rows: Int32[Array, "T"]
+    tokens: Int32[Array, "R"] | None
+    rows: Int32[Array, "T"] | None
 
 
-def pack(offsets: Int32[Array, "B1"], num_targets: Array | None, num_tokens: int) -> Packing:
-    """Rows for sequences of any length; R = T + 7·B and a tile that the last one may run into."""
+def pack(
+    offsets: Int32[Array, "B1"],
+    num_targets: Array | None,
+    num_tokens: int,
+    *,
+    aligned: bool = False,
+) -> Packing:
+    """Rows for sequences of any length; R = T + 7·B and a tile that the last one may run into.
+
+    `aligned` promises that all sequences start at multiples of `ROW_MULTIPLE` already; rows then
+    are the tokens themselves, if there are enough for a tile.
+    """
     num_sequences = offsets.shape[0] - 1
-    lengths = jnp.diff(offsets)
+    lengths = jnp.maximum(jnp.diff(offsets), 0)  # whatever comes in, kernels must come to an end
+    history_end = lengths if num_targets is None else jnp.maximum(lengths - num_targets, 0)
+    shapes = Shape(lengths, history_end.astype(jnp.int32))
+    if aligned and num_tokens % ROW_MULTIPLE == 0 and num_tokens >= WORK:
+        return Packing(offsets, offsets[:-1], shapes, None, None)
     padded = (lengths + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
     ends = jnp.cumsum(padded, dtype=jnp.int32)
     starts = ends - padded
@@ -204,8 +220,7 @@ def pack(offsets: Int32[Array, "B1"], num_targets: Array | None, num_tokens: int
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     own = jnp.minimum(_count_until(offsets[1:], token), num_sequences - 1)
     rows = jnp.where(token < offsets[-1], token + (starts - offsets[:-1])[own], -1)
-    history_end = lengths if num_targets is None else lengths - num_targets
-    return Packing(starts, Shape(lengths, history_end), tokens, rows)
+    return Packing(offsets, starts, shapes, tokens, rows)
 
 
 def _count_until(ends, values):
@@ -214,12 +229,18 @@ def _count_until(ends, values):
 
 def to_rows(x: Array, packing: Packing) -> Array:
     """[T, …] → [R, …], zeros where a row has no token: one fusion."""
+    if packing.tokens is None:
+        return x
     taken = x.at[jnp.maximum(packing.tokens, 0)].get(mode="promise_in_bounds")
     return jnp.where(_like(packing.tokens, x) >= 0, taken, 0)
 
 
 def from_rows(x: Array, packing: Packing) -> Array:
-    """[R, …] → [T, …], zeros behind the last sequence: one fusion."""
+    """[R, …] → [T, …], zeros behind the last sequence; one fusion. NaN for a broken promise."""
+    if packing.rows is None:
+        token = jnp.arange(x.shape[0], dtype=jnp.int32)
+        taken = jnp.where(_like(token, x) < packing.offsets[-1], x, 0)
+        return jnp.where(jnp.any(packing.starts % ROW_MULTIPLE), jnp.nan, taken)
     taken = x.at[jnp.maximum(packing.rows, 0)].get(mode="promise_in_bounds")
     return jnp.where(_like(packing.rows, x) >= 0, taken, 0)
 
@@ -258,4 +279,5 @@ def list_works(packing: Packing, mask: Mask, num_tokens: int, *, by_keys: bool =
     tiles = jnp.where(work < ends[-1], runs(position, last, shape).count, 0)
     fields = (packing.starts[owner], position, *shape)
     order, *fields = lax.sort((-tiles, *fields), num_keys=1)
-    return Works(jnp.stack(fields, axis=1), ends[-1:], -order)
+    used = jnp.minimum(ends[-1:], work.size)
+    return Works(jnp.stack(fields, axis=1), used, -order)

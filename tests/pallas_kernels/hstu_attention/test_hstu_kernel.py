@@ -1,5 +1,6 @@
 """The kernels against the dense formula: simulated with race detection, and compiled on a GPU."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -138,6 +139,24 @@ def test_simulated_sequences_do_not_see_each_other():
     for (slots, _), got in zip(choices, results, strict=True):
         for ours, whole in zip(got[:4], results[0][:4], strict=True):
             np.testing.assert_array_equal(ours, whole[slots])
+
+
+@pytest.mark.slow
+def test_simulated_aligned_sequences_are_read_in_place():
+    """The same bits as with copies, and NaN for a sequence that starts elsewhere."""
+    aligned, misaligned = ([72, 0, 128, 53], [71, 129, 53])
+    calls = []
+    for lengths, config in (
+        (aligned, CONFIG),
+        (aligned, dataclasses.replace(CONFIG, aligned=True)),
+        (misaligned, dataclasses.replace(CONFIG, aligned=True)),
+    ):
+        args, _ = call_of(arguments(lengths, times=True))
+        calls.append(((*args[:-1], (*args[-1][:-1], config)), {}))
+    copied, in_place, broken = simulate(CALL, calls, timeout_s=280)
+    for ours, wanted, none in zip(in_place[:4], copied[:4], broken[:4], strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+        assert np.isnan(np.asarray(none, np.float32)).all()
 
 
 @pytest.mark.parametrize("max_len", [90, 600])
