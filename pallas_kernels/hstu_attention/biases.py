@@ -20,6 +20,7 @@ from pallas_kernels.hstu_attention.tiles import TILE, WORK, Packing, to_rows
 from pallas_kernels.hstu_attention.walk import BY_COLUMN, BY_ROW, SCORES, Buffer, Own, Work
 
 _SQRT2 = np.uint32(0xB504F333)  # √2·2^31, rounded down
+_PIECE = 32  # columns whose times are looked up at once, for want of registers
 _TABLE_MULTIPLE = 32  # entries; the copy engine takes whole lines of 128 bytes
 
 
@@ -140,32 +141,36 @@ class Biases:
             tile = plgpu.load(streamed[0].at[own.warpgroup], layout=SCORES)
             half += tile.astype(jnp.float32)
         if self.buckets:
-            elapsed, low, high = self._elapsed(work, own, position, resident[0], streamed[-1])
-            half += self._look_up(elapsed, low, high, resident[1])
+            half += self._of_times(work, own, position, resident[0], streamed[-1], resident[1])
         return half
 
-    def _elapsed(self, work: Work, own: Own, position, times, tile_times):
-        """Seconds between the tokens of each pair, and the buckets that they can be in."""
+    def _of_times(self, work: Work, own: Own, position, times, tile_times, table):
+        """The bias of the time between the tokens of each pair."""
         rows = plgpu.load(times.at[own.rows], layout=BY_ROW)
         columns = plgpu.load(tile_times, layout=BY_COLUMN)
-        shape = (TILE, TILE)
-        elapsed = lax.abs(
-            lax.broadcast_in_dim(rows, shape, (0,)) - lax.broadcast_in_dim(columns, shape, (1,))
-        )
         row_low, row_high = _range(rows, own.position, work, BY_ROW)
         low, high = _range(columns, position, work, BY_COLUMN)
         closest = jnp.maximum(jnp.maximum(row_low - high, low - row_high), 0)
         farthest = jnp.maximum(row_high - low, high - row_low)
-        return elapsed, time_bucket(closest, self.buckets), time_bucket(farthest, self.buckets)
+        first, last = (time_bucket(seconds, self.buckets) for seconds in (closest, farthest))
+        rows = lax.broadcast_in_dim(rows, (TILE, TILE), (0,))
+        columns = lax.broadcast_in_dim(columns, (TILE, TILE), (1,))
+        pieces = []
+        for begin in range(0, TILE, _PIECE):
+            piece = slice(begin, begin + _PIECE)
+            elapsed = lax.abs(rows[:, piece] - columns[:, piece])
+            pieces.append(_look_up(table, elapsed, first, last))
+        return jnp.concatenate(pieces, axis=1)
 
-    def _look_up(self, elapsed, low, high, table):
-        """table[bucket] of each pair: the last bucket whose edge it reaches."""
 
-        def bucket(n, found):
-            return jnp.where(elapsed >= _edge(n), table[n], found)
+def _look_up(table, elapsed, first, last):
+    """table[bucket] of each pair: the last bucket whose edge it reaches."""
 
-        first = plgpu.layout_cast(jnp.full(elapsed.shape, table[low], jnp.float32), SCORES)
-        return lax.fori_loop(low + 1, high + 1, bucket, first)
+    def bucket(n, found):
+        return jnp.where(elapsed >= _edge(n), table[n], found)
+
+    found = plgpu.layout_cast(jnp.full(elapsed.shape, table[first], jnp.float32), SCORES)
+    return lax.fori_loop(first + 1, last + 1, bucket, found)
 
 
 def _edge(bucket):

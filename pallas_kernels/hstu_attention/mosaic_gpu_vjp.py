@@ -32,13 +32,26 @@ from pallas_kernels.hstu_attention.walk import Buffer, Walk
 _PIECE = 16  # columns
 
 
-def _products(*pairs: tuple[Any, Any]) -> list[Any]:
-    """Tiles lhs · rhs, once they and all products issued before are done."""
+def _products(pairs: list[tuple[Any, Any]], half: Any, *, late: bool) -> list[Any]:
+    """[half(scores), d_weights] of a tile: products of two pairs of operands, or the first alone.
 
-    def run(*accumulators):
-        for accumulator, (lhs, rhs) in zip(accumulators, pairs, strict=True):
-            plgpu.wgmma(accumulator, lhs, rhs)
-        return [accumulator[...] for accumulator in accumulators]
+    Both are issued together, or, `late`, one after the other: registers that the time bias needs
+    are then not yet those of d_weights.
+    """
+    first, *second = pairs
+
+    def run(scores, *d_weights):
+        def issue():
+            for accumulator, operands in zip(d_weights, second, strict=True):
+                plgpu.wgmma(accumulator, *operands)
+
+        plgpu.wgmma(scores, *first)
+        if not late:
+            issue()
+        halves = half(scores[...])
+        if late:
+            issue()
+        return [halves, *(accumulator[...] for accumulator in d_weights)]
 
     tile = plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)
     return pl.run_scoped(run, *[tile] * len(pairs))
@@ -100,10 +113,16 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
         def sums(accumulator):
             def tile(position, streamed, free):
                 keys, values = streamed[:2]
-                scores, d_weights = _products((queries, keys.T), (d_outs, values.T))
-                free()
-                half = biases.half_scores(scores, work, own, position, resident[2:], streamed[2:])
-                values = _by_pieces(_d_scores, half, d_weights)
+
+                def half(scores):
+                    free()
+                    return biases.half_scores(
+                        scores, work, own, position, resident[2:], streamed[2:]
+                    )
+
+                pairs = [(queries, keys.T), (d_outs, values.T)]
+                results = _products(pairs, half, late=biases.buckets > 0)
+                values = _by_pieces(_d_scores, *results)
                 (own_weights[...],) = masked(walk, work, own, position, *values)
                 plgpu.commit_smem()
                 plgpu.wgmma(accumulator, own_weights, keys)
@@ -146,13 +165,16 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
         def sums(*accumulators):
             def tile(position, streamed, free):
                 queries, d_outs = streamed[:2]
-                pairs = zip(own_rows, (queries.T, d_outs.T), strict=False)
-                scores, *d_weights = _products(*pairs)
-                free()
-                half = biases.half_scores(
-                    scores, work, own, position, resident[kept:], streamed[2:]
-                )
-                values = _by_pieces(function, half, *d_weights)
+
+                def half(scores):
+                    free()
+                    return biases.half_scores(
+                        scores, work, own, position, resident[kept:], streamed[2:]
+                    )
+
+                pairs = list(zip(own_rows, (queries.T, d_outs.T), strict=False))
+                results = _products(pairs, half, late=biases.buckets > 0)
+                values = _by_pieces(function, *results)
                 values = masked(walk, work, own, position, *values)
                 for n, value in enumerate(values):
                     weights.at[own.warpgroup, n][...] = value
