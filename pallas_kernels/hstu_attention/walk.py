@@ -20,7 +20,7 @@ from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, WORK, Mask, 
 
 _SHARED_BYTES = 226 * 1024  # of 227 KiB; barriers take the rest
 _MAX_STAGES = 4
-_PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 24, 240
+_PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 SCORES = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = SCORES.reduce(1), SCORES.reduce(0)
 
