@@ -70,7 +70,9 @@ def hstu_attention(
         `BackendError` for a named backend that cannot run this call.
 
     Gradient: of q, k, v, attn_scale and the biases; deterministic on the kernels.
-    Cost: about 2·T·(max_len + 1.5·block)·H·(Dqk + Dv) FLOPs, twice that with contextual tokens,
+    Cost: the kernels compute tiles of 64 × 64 pairs, 2·(Dqk + Dv) FLOPs a pair and head forward and
+    2·(4·Dqk + 3·Dv) backward, and copy q, k, v and out once more than they must (`HstuConfig`).
+    XLA: about 2·T·(max_len + 1.5·block)·H·(Dqk + Dv) FLOPs, twice that with contextual tokens,
     block = 16 … 128 near max_len / 2. Memory: 4·T·block·H bytes a matrix of scores, never L × L;
     the gradient keeps up to four of them (`UNROLL_LIMIT`) and recomputes longer bands.
     Source: HSTU (arXiv 2402.17152); the masks are those of generative-recommenders' operator.
@@ -86,7 +88,12 @@ def hstu_attention(
             raise ValueError(f"hstu_attention: {name} is {value}; expected 0 (off) or more")
     if (time_bias is None) != (timestamps is None):
         raise ValueError("hstu_attention: give both timestamps and time_bias, or neither")
-    chosen = resolve("hstu_attention", backend, lambda: kernel_problem(q, v), wgmma=True)
+
+    def problem():
+        both = position_bias is not None and time_bias is not None
+        return kernel_problem(q, v, both_biases=both)
+
+    chosen = resolve("hstu_attention", backend, problem, wgmma=True)
     scale = jnp.asarray(1 / max_len if attn_scale is None else attn_scale, jnp.float32)
     scale = scale[:, None, None] if scale.ndim else scale
     alpha = 1.0 if alpha is None else alpha

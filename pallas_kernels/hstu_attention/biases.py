@@ -74,7 +74,7 @@ class Biases:
 
     Attributes:
       alpha: factor on the products.
-      position: whether there are tiles, and how many.
+      tiles: of the bias of the distance; 0 for none.
       buckets: of the times; 0 for none.
       table: length of the table, padded.
       by_keys: whether tiles are [keys, queries].

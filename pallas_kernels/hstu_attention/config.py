@@ -27,7 +27,7 @@ class HstuConfig:
             raise ValueError(f"HstuConfig.programs is {self.programs}; expected at least 1")
 
 
-def kernel_problem(q, v) -> str | None:
+def kernel_problem(q, v, *, both_biases: bool = False) -> str | None:
     """What keeps the kernels from these arguments, or None."""
     for name, x in (("q", q), ("v", v)):
         if x.dtype != jnp.bfloat16:
@@ -38,4 +38,6 @@ def kernel_problem(q, v) -> str | None:
                 f"the heads of {name} are {width} wide; the kernels need a multiple of "
                 f"{WIDTH_MULTIPLE} up to {MAX_WIDTH}"
             )
+    if both_biases and q.shape[2] + v.shape[2] == 2 * MAX_WIDTH:
+        return f"heads of {MAX_WIDTH} and {MAX_WIDTH} leave no shared memory for both biases"
     return None

@@ -18,7 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, WORK, Mask, Runs, Shape
 
-_SHARED_BYTES = 226 * 1024  # of 227 KiB; barriers take the rest
+_SHARED_BYTES = 224 * 1024  # of 227 KiB; barriers and reductions take the rest
+_SHARED_MULTIPLE = 1024  # where the compiler lets a buffer start
 _MAX_STAGES = 4
 _PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 SCORES = plgpu.Layout.WGMMA
@@ -45,10 +46,10 @@ class Buffer:
     dtype: Any = jnp.bfloat16
     copies: int = 1
 
-    @property
-    def num_bytes(self) -> int:
-        """Of one block."""
-        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+    def num_bytes(self, slots: int) -> int:
+        """Of `slots` blocks."""
+        own = slots * math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+        return -(-own // _SHARED_MULTIPLE) * _SHARED_MULTIPLE
 
     def memory(self, slots: int, line: int) -> Any:
         """`slots` blocks."""
@@ -92,29 +93,27 @@ class Walk:
         """Whether results need memory of their own; else they leave through that of the weights."""
         return self.line != TILE
 
-    @property
-    def _fixed_bytes(self) -> int:
+    def _shared_bytes(self, slots: int, stages: int) -> int:
         staging = 2 * TILE * self.line * 2 * self.has_staging
-        return 2 * self.weights * TILE * TILE * 2 + staging
+        return (
+            sum(buffer.num_bytes(slots) for buffer in self.resident)
+            + sum(buffer.num_bytes(stages) for buffer in self.streamed)
+            + 2 * self.weights * TILE * TILE * 2
+            + staging
+        )
 
     @property
     def stages(self) -> int:
         """Of the ring: as many as fit beside one work's residents, at most four."""
-        own = sum(buffer.num_bytes for buffer in self.resident)
-        stage = sum(buffer.num_bytes for buffer in self.streamed)
-        fit = (_SHARED_BYTES - self._fixed_bytes - own) // stage
-        if fit < 1:
-            raise ValueError(f"{self.name}: heads this wide do not fit shared memory")
-        return min(_MAX_STAGES, fit)
+        for stages in range(_MAX_STAGES, 0, -1):
+            if self._shared_bytes(1, stages) <= _SHARED_BYTES:
+                return stages
+        raise ValueError(f"{self.name}: heads this wide do not fit shared memory")
 
     @property
     def slots(self) -> int:
-        """Works whose residents may be in shared memory: two if there is room, so that the next
-        ones arrive early."""
-        own = sum(buffer.num_bytes for buffer in self.resident)
-        stage = sum(buffer.num_bytes for buffer in self.streamed)
-        room = _SHARED_BYTES - self._fixed_bytes - self.stages * stage
-        return min(2, room // own)
+        """Works whose residents fit: two where there is room, so that the next arrive early."""
+        return 2 if self._shared_bytes(2, self.stages) <= _SHARED_BYTES else 1
 
 
 class Work(NamedTuple):
