@@ -26,6 +26,11 @@ TOLERANCES = {
 """(relative, absolute) error allowed by the narrowest dtype that a computation goes through."""
 
 
+# The simulator compiles inside of callbacks, which hold the threads that the CPU compiler would give
+# the parts of a larger program to: it waits for ever on a machine with few cores.
+_COMPILE_ALONE = "--xla_cpu_parallel_codegen_split_count=1"
+
+
 class SimulationError(AssertionError):
     """A simulated kernel raced, hung or raised."""
 
@@ -60,7 +65,11 @@ def simulate(
     The simulator does not see everything: `wgmma` is synchronous there, so a missing
     `wgmma_wait` passes, and operations run that no GPU compile accepts.
     """
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_COMPILE_ALONE}".strip(),
+    }
     with tempfile.TemporaryDirectory(prefix="simulate_") as folder:
         asked, answered = Path(folder) / "asked", Path(folder) / "answered"
         asked.write_bytes(pickle.dumps((target, cases)))
