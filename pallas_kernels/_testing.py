@@ -26,8 +26,8 @@ TOLERANCES = {
 """(relative, absolute) error allowed by the narrowest dtype that a computation goes through."""
 
 
-# The simulator compiles inside of callbacks, which hold the threads that the CPU compiler would give
-# the parts of a larger program to: it waits for ever on a machine with few cores.
+# The simulator compiles inside of callbacks, which hold the threads that the compiler would give
+# the parts of a larger program to: on a machine with few cores it waits for ever.
 _COMPILE_ALONE = "--xla_cpu_parallel_codegen_split_count=1"
 
 

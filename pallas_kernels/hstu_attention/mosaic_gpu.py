@@ -29,6 +29,8 @@ from pallas_kernels.hstu_attention.tiles import (
 )
 from pallas_kernels.hstu_attention.walk import SCORES, Buffer, Own, Walk, Work
 
+_PIECE = 16  # columns that are masked at once
+
 
 def product(lhs: Any, rhs: Any) -> Any:
     """A tile of lhs · rhs, once it and all products issued before are done."""
@@ -45,11 +47,17 @@ def masked(walk: Walk, work: Work, own: Own, position: Any, *values: Any) -> Any
     query, key = (position, own.position) if walk.by_keys else (own.position, position)
 
     def mask(*values):
-        rows = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=SCORES)
-        columns = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=SCORES)
+        rows, columns = (
+            plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), n, layout=SCORES) for n in range(2)
+        )
         queries, keys = (columns, rows) if walk.by_keys else (rows, columns)
-        valid = walk.mask.attends(queries + query, keys + key, work.shape)
-        return tuple(jnp.where(valid, value, jnp.zeros((), value.dtype)) for value in values)
+        pieces = []
+        for first in range(0, TILE, _PIECE):  # for want of registers
+            piece = slice(first, first + _PIECE)
+            valid = walk.mask.attends(queries[:, piece] + query, keys[:, piece] + key, work.shape)
+            zero = jnp.zeros((), values[0].dtype)
+            pieces.append([jnp.where(valid, value[:, piece], zero) for value in values])
+        return tuple(jnp.concatenate(own, axis=1) for own in zip(*pieces, strict=True))
 
     full = walk.mask.is_full(query, key, work.shape)
     return lax.cond(full, lambda *values: values, mask, *values)

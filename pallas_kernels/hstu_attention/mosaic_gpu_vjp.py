@@ -35,8 +35,8 @@ _PIECE = 16  # columns
 def _products(pairs: list[tuple[Any, Any]], half: Any, *, late: bool) -> list[Any]:
     """[half(scores), d_weights] of a tile: products of two pairs of operands, or the first alone.
 
-    Both are issued together, or, `late`, one after the other: registers that the time bias needs
-    are then not yet those of d_weights.
+    Both are issued together, or, `late`, one after the other: registers that the biases need are
+    then not yet those of d_weights.
     """
     first, *second = pairs
 
@@ -121,7 +121,7 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
                     )
 
                 pairs = [(queries, keys.T), (d_outs, values.T)]
-                results = _products(pairs, half, late=biases.buckets > 0)
+                results = _products(pairs, half, late=biases.tiles + biases.buckets > 0)
                 values = _by_pieces(_d_scores, *results)
                 (own_weights[...],) = masked(walk, work, own, position, *values)
                 plgpu.commit_smem()
@@ -173,7 +173,7 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
                     )
 
                 pairs = list(zip(own_rows, (queries.T, d_outs.T), strict=False))
-                results = _products(pairs, half, late=biases.buckets > 0)
+                results = _products(pairs, half, late=biases.tiles + biases.buckets > 0)
                 values = _by_pieces(function, *results)
                 values = masked(walk, work, own, position, *values)
                 for n, value in enumerate(values):
