@@ -26,9 +26,15 @@ TOLERANCES = {
 """(relative, absolute) error allowed by the narrowest dtype that a computation goes through."""
 
 
-# The simulator compiles inside of callbacks, which hold the threads that the compiler would give
-# the parts of a larger program to: on a machine with few cores it waits for ever.
-_COMPILE_ALONE = "--xla_cpu_parallel_codegen_split_count=1"
+# Simulated warpgroups wait for each other, and compile, inside of callbacks that hold threads of
+# the runtime. It has one a core, so that on few cores none would be left to go on.
+_THREADS = "32"
+# Most of a simulation's time is compiling.
+_COMPILE_FLAGS = (
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
 
 
 class SimulationError(AssertionError):
@@ -68,7 +74,8 @@ def simulate(
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_COMPILE_ALONE}".strip(),
+        "PJRT_NPROC": _THREADS,
+        "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *_COMPILE_FLAGS]).strip(),
     }
     with tempfile.TemporaryDirectory(prefix="simulate_") as folder:
         asked, answered = Path(folder) / "asked", Path(folder) / "answered"
