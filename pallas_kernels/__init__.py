@@ -4,7 +4,7 @@ from pallas_kernels._backend import Backend, BackendError, tuned_file
 from pallas_kernels.bloom import MAX_DEPTH as BLOOM_MAX_DEPTH
 from pallas_kernels.bloom import BloomMasks, BloomOp, bloom_build, bloom_search, bloom_update, mix64
 from pallas_kernels.bloom import row_hashes as bloom_row_hashes
-from pallas_kernels.hstu_attention import hstu_attention
+from pallas_kernels.hstu_attention import hstu_attention, hstu_attention_cached
 from pallas_kernels.ivf import MAX_K as IVF_MAX_K
 from pallas_kernels.ivf import TILE_ROWS as IVF_TILE_ROWS
 from pallas_kernels.ivf import IvfTopK, ivf_search, probed_tiles_bound, quantise, rescore
@@ -29,6 +29,7 @@ __all__ = [
     "bloom_search",
     "bloom_update",
     "hstu_attention",
+    "hstu_attention_cached",
     "ivf_search",
     "mix64",
     "moe_dispatch",

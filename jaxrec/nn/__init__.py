@@ -2,6 +2,7 @@
 
 from jaxrec.nn.formula import FormulaError as FormulaError
 from jaxrec.nn.hstu import HSTU as HSTU
+from jaxrec.nn.hstu import HSTUCache as HSTUCache
 from jaxrec.nn.hstu import HSTUConfig as HSTUConfig
 from jaxrec.nn.mixture_of_logits import MixtureOfLogits as MixtureOfLogits
 from jaxrec.nn.mixture_of_logits import MixtureOfLogitsConfig as MixtureOfLogitsConfig

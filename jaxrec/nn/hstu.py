@@ -2,20 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxrec.nn.checks import check_at_least, check_choice, check_heads, check_share
 from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
 from jaxrec.nn.moe import MoEConfig, MoELayer, MoEReport, check_experts, config_from_dict
 from jaxrec.ops.jagged import JaggedBatch, positions
 from jaxrec.ops.layers import dropout, layer_norm, split_or_none
-from pallas_kernels import hstu_attention
+from jaxrec.typing import PADDING_ID
+from pallas_kernels import hstu_attention, hstu_attention_cached
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,41 @@ class HSTUConfig:
         check_choice(self, "compute_dtype", ("float32", "bfloat16"))
 
 
+class HSTUCache(NamedTuple):
+    """What an HSTU keeps of B sequences of at most S tokens, so that new ones cost only themselves.
+
+    Attributes:
+      keys, values: of every block; [B, S, H, qk_width] and [B, S, H, v_width] in the compute dtype.
+      timestamps: of every slot; i32[B, S].
+      lengths: tokens so far; i32[B].
+    """
+
+    keys: tuple[Float[jax.Array, "B S H Dqk"], ...]
+    values: tuple[Float[jax.Array, "B S H Dv"], ...]
+    timestamps: Int[jax.Array, "B S"]
+    lengths: Int[jax.Array, "B"]
+
+
+class _Arrivals(NamedTuple):
+    """New tokens of a cache's sequences, right-aligned in rows of N.
+
+    Attributes:
+      real: where there is a token; bool[B, N].
+      slots: place of each in its sequence, S where there is none; i32[B, N].
+      timestamps, lengths: the cache's, with them.
+    """
+
+    real: Bool[jax.Array, "B N"]
+    slots: Int[jax.Array, "B N"]
+    timestamps: Int[jax.Array, "B S"]
+    lengths: Int[jax.Array, "B"]
+
+    def insert(self, cache: jax.Array, new: jax.Array) -> jax.Array:
+        """[B, S, …] with the [B, N, …] of the new tokens in their slots."""
+        rows = jnp.arange(cache.shape[0])[:, None]
+        return cache.at[rows, self.slots].set(new.astype(cache.dtype), mode="drop")
+
+
 def _learned(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
     return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
 
@@ -104,24 +140,67 @@ class HSTUBlock(nnx.Module):
 
         Dropout and the router's noise only where a key is given.
         """
-        heads, tokens = self.config.num_heads, x.shape[0]
+        u, q, k, v = self._project(x)
+        attended = hstu_attention(
+            q,
+            k,
+            v,
+            jnp.asarray(batch.seq_offsets),
+            timestamps=None if self.time_bias is None else jnp.asarray(batch.timestamps),
+            **self._biases(),
+        )
+        return self._feed_forward(self._gate(x, attended, u, key), batch, key)
+
+    def extend(
+        self,
+        x: Float[jax.Array, "B N D"],
+        keys: Float[jax.Array, "B S H Dqk"],
+        values: Float[jax.Array, "B S H Dv"],
+        arrivals: _Arrivals,
+    ) -> tuple[Float[jax.Array, "B N D"], jax.Array, jax.Array]:
+        """The block's output for new tokens, and the cache with their keys and values."""
+        u, q, k, v = self._project(x)
+        keys, values = arrivals.insert(keys, k), arrivals.insert(values, v)
+        attended = hstu_attention_cached(
+            q,
+            keys,
+            values,
+            arrivals.lengths,
+            timestamps=None if self.time_bias is None else arrivals.timestamps,
+            **self._biases(),
+        )
+        x = self._gate(x, attended, u, None)
+        if self.moe is not None and self.moe_norm is not None:
+            sequences, new = x.shape[:2]
+            out, _ = self.moe(
+                self.moe_norm(x).reshape(sequences * new, -1),
+                valid=arrivals.real.reshape(-1),
+                segment_ids=jnp.repeat(jnp.arange(sequences, dtype=jnp.int32), new),
+                num_sequences=sequences,
+            )
+            x = x + out.reshape(x.shape)
+        return x, keys, values
+
+    def _project(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """u, and q, k and v by heads."""
+        heads = self.config.num_heads
         widths = [heads * self.v_width] * 2 + [heads * self.qk_width]
         ends = [sum(widths[: i + 1]) for i in range(3)]
         u, v, q, k = jnp.split(jax.nn.silu(self.uvqk(self.norm(x))), ends, axis=-1)
-        attended = hstu_attention(
-            q.reshape(tokens, heads, -1),
-            k.reshape(tokens, heads, -1),
-            v.reshape(tokens, heads, -1),
-            jnp.asarray(batch.seq_offsets),
-            max_len=self.config.max_len,
-            position_bias=self.position_bias[...],
-            timestamps=None if self.time_bias is None else jnp.asarray(batch.timestamps),
-            time_bias=None if self.time_bias is None else self.time_bias[...],
-        )
-        gated = layer_norm(attended.reshape(tokens, -1)) * u
-        return self._feed_forward(
-            x + self.out(dropout(gated, self.config.dropout, key)), batch, key
-        )
+        return u, *(part.reshape(*x.shape[:-1], heads, -1) for part in (q, k, v))
+
+    def _biases(self) -> dict[str, Any]:
+        return {
+            "max_len": self.config.max_len,
+            "position_bias": self.position_bias[...],
+            "time_bias": None if self.time_bias is None else self.time_bias[...],
+        }
+
+    def _gate(
+        self, x: jax.Array, attended: jax.Array, u: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        gated = layer_norm(attended.reshape(u.shape)) * u
+        return x + self.out(dropout(gated, self.config.dropout, key))
 
     def _feed_forward(
         self, x: jax.Array, batch: JaggedBatch, key: jax.Array | None
@@ -179,16 +258,83 @@ class HSTU(nnx.Module):
     ) -> tuple[Float[jax.Array, "T D"], tuple[MoEReport, ...]]:
         """`encode`, and the report of every block's experts, if it has some."""
         keys = split_or_none(key, len(self.blocks) + 1)
-        x = self.items(jnp.asarray(batch.item_ids)) * self.config.width**0.5
-        if self.positions is not None:
-            position = positions(batch.seq_offsets, batch.item_ids.shape[0])
-            x = x + self.positions[...][jnp.clip(position, 0, self.config.max_len - 1)]
-        x = dropout(x.astype(self.config.compute_dtype), self.config.dropout, keys[0])
+        position = positions(batch.seq_offsets, batch.item_ids.shape[0])
+        x = self._embed(jnp.asarray(batch.item_ids), position)
+        x = dropout(x, self.config.dropout, keys[0])
         reports = []
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
             x, report = block(x, batch, block_key)
             reports.append(report)
         return self.norm(x), tuple(report for report in reports if report is not None)
+
+    def _embed(self, item_ids: jax.Array, position: jax.Array) -> jax.Array:
+        x = self.items(item_ids) * self.config.width**0.5
+        if self.positions is not None:
+            x = x + self.positions[...][jnp.clip(position, 0, self.config.max_len - 1)]
+        return x.astype(self.config.compute_dtype)
+
+    def empty_cache(self, num_sequences: int, capacity: int | None = None) -> HSTUCache:
+        """Room for `capacity` tokens of each sequence; None means max_len, rounded up to 8."""
+        config = self.config
+        capacity = -(-config.max_len // 8) * 8 if capacity is None else capacity
+
+        def room(block: HSTUBlock, width: str) -> jax.Array:
+            shape = (num_sequences, capacity, config.num_heads, getattr(block, width))
+            return jnp.zeros(shape, config.compute_dtype)
+
+        return HSTUCache(
+            tuple(room(block, "qk_width") for block in self.blocks),
+            tuple(room(block, "v_width") for block in self.blocks),
+            jnp.zeros((num_sequences, capacity), jnp.int32),
+            jnp.zeros(num_sequences, jnp.int32),
+        )
+
+    def extend(
+        self,
+        cache: HSTUCache,
+        item_ids: Int[jax.Array | np.ndarray, "B N"],
+        timestamps: Int[jax.Array | np.ndarray, "B N"] | None = None,
+    ) -> tuple[Float[jax.Array, "B N D"], HSTUCache]:
+        """Hidden states of new tokens as `encode` gives them, at the cost of the new ones alone.
+
+        Args:
+          cache: of the tokens before; `empty_cache` to begin with, where the first call brings the
+            whole history. Donate it to `jax.jit` to have it changed in place.
+          item_ids: the new tokens of each sequence in order, with `PADDING_ID` to their left where
+            there are fewer than N: the last column is each sequence's newest token.
+          timestamps: of the new tokens; a model with time bias needs them.
+
+        Returns:
+          Hidden states, and the cache with the new tokens. The state of a padding token has no
+          meaning. All states of a sequence are NaN, from then on, when it outgrows max_len or the
+          cache's room or has padding right of a token; its length then is greater than that room.
+          A sequence that is too long goes on in a new cache of its last tokens.
+
+        Raises:
+          ValueError: a model with time bias gets no timestamps.
+        """
+        if timestamps is None and self.config.time_buckets:
+            raise ValueError("this HSTU has a time bias: give the new tokens' timestamps")
+        items = jnp.asarray(item_ids)
+        new, capacity = items.shape[1], cache.timestamps.shape[1]
+        room = min(capacity, self.config.max_len)
+        real = items != PADDING_ID
+        lengths = cache.lengths + real.sum(1, dtype=jnp.int32)
+        aligned = jnp.all(real[:, :-1] <= real[:, 1:], axis=1)
+        lengths = jnp.where(aligned, jnp.minimum(lengths, room + 1), room + 1)
+        position = lengths[:, None] - new + jnp.arange(new, dtype=jnp.int32)
+        slots = jnp.where(real, position, capacity)
+        arrivals = _Arrivals(real, slots, cache.timestamps, jnp.minimum(lengths, capacity))
+        if timestamps is not None:
+            times = arrivals.insert(cache.timestamps, jnp.asarray(timestamps))
+            arrivals = arrivals._replace(timestamps=times)
+        x, keys, values = self._embed(items, position), [], []
+        for block, own_keys, own_values in zip(self.blocks, cache.keys, cache.values, strict=True):
+            x, own_keys, own_values = block.extend(x, own_keys, own_values, arrivals)
+            keys.append(own_keys)
+            values.append(own_values)
+        hidden = jnp.where((lengths <= room)[:, None, None], self.norm(x), jnp.nan)
+        return hidden, HSTUCache(tuple(keys), tuple(values), arrivals.timestamps, lengths)
 
     def moe_layers(self) -> list[MoELayer]:
         """The blocks' experts, in the order of their reports."""

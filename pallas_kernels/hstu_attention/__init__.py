@@ -1,3 +1,4 @@
 """See api.py."""
 
 from pallas_kernels.hstu_attention.api import hstu_attention as hstu_attention
+from pallas_kernels.hstu_attention.cached import hstu_attention_cached as hstu_attention_cached

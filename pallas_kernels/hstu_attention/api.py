@@ -77,17 +77,7 @@ def hstu_attention(
     the gradient keeps up to four of them (`UNROLL_LIMIT`) and recomputes longer bands.
     Source: HSTU (arXiv 2402.17152); the masks are those of generative-recommenders' operator.
     """
-    if max_len < 1:
-        raise ValueError(f"hstu_attention: max_len is {max_len}; expected at least 1")
-    for name, value in (
-        ("max_attn_len", max_attn_len),
-        ("contextual_len", contextual_len),
-        ("min_full_attn_len", min_full_attn_len),
-    ):
-        if value < 0:
-            raise ValueError(f"hstu_attention: {name} is {value}; expected 0 (off) or more")
-    if (time_bias is None) != (timestamps is None):
-        raise ValueError("hstu_attention: give both timestamps and time_bias, or neither")
+    check_arguments(max_len, max_attn_len, contextual_len, min_full_attn_len, timestamps, time_bias)
 
     def problem():
         both = position_bias is not None and time_bias is not None
@@ -117,6 +107,28 @@ def hstu_attention(
         timestamps=timestamps,
         time_bias=time_bias,
     )
+
+
+def check_arguments(
+    max_len: int,
+    max_attn_len: int,
+    contextual_len: int,
+    min_full_attn_len: int,
+    timestamps: Any,
+    time_bias: Any,
+) -> None:
+    """Raises ValueError for what no backend can run."""
+    if max_len < 1:
+        raise ValueError(f"hstu_attention: max_len is {max_len}; expected at least 1")
+    for name, value in (
+        ("max_attn_len", max_attn_len),
+        ("contextual_len", contextual_len),
+        ("min_full_attn_len", min_full_attn_len),
+    ):
+        if value < 0:
+            raise ValueError(f"hstu_attention: {name} is {value}; expected 0 (off) or more")
+    if (time_bias is None) != (timestamps is None):
+        raise ValueError("hstu_attention: give both timestamps and time_bias, or neither")
 
 
 class _How(NamedTuple):

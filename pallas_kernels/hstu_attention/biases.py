@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels.hstu_attention.ref import time_bucket
-from pallas_kernels.hstu_attention.tiles import TILE, WORK, Packing, to_rows
+from pallas_kernels.hstu_attention.tiles import TILE, WORK
 from pallas_kernels.hstu_attention.walk import BY_COLUMN, BY_ROW, SCORES, Buffer, Own, Work
 
 _SQRT2 = np.uint32(0xB504F333)  # √2·2^31, rounded down
@@ -40,20 +40,22 @@ class BiasArrays(NamedTuple):
 
 def bias_arrays(
     position_bias: Array | None,
-    timestamps: Array | None,
+    times: Array | None,
     time_bias: Array | None,
-    packing: Packing,
     *,
     by_keys: bool = False,
 ) -> BiasArrays:
-    """Prepares the biases for a kernel whose tiles are [queries, keys], or [keys, queries]."""
-    tiles = times = table = None
+    """Prepares the biases for a kernel whose tiles are [queries, keys], or [keys, queries].
+
+    `times` are those of rows.
+    """
+    tiles = table = None
     if position_bias is not None:
         distance = _distances(position_bias.shape[1], by_keys)
         halves = (0.5 * position_bias.astype(jnp.float32)).astype(jnp.bfloat16)
         tiles = halves.at[:, distance].get(mode="promise_in_bounds")
-    if timestamps is not None and time_bias is not None:
-        times = to_rows(timestamps.astype(jnp.int32), packing)
+    if times is not None and time_bias is not None:
+        times = times.astype(jnp.int32)
         padding = -time_bias.shape[1] % _TABLE_MULTIPLE
         table = jnp.pad(0.5 * time_bias.astype(jnp.float32), ((0, 0), (0, padding)))
     return BiasArrays(tiles, times, table)
@@ -115,7 +117,7 @@ class Biases:
         if self.buckets:
             assert refs.times is not None
             assert refs.table is not None
-            copy(refs.times.at[pl.ds(work.row(work.position), WORK)], first)
+            copy(refs.times.at[pl.ds(work.tile_row(work.position), WORK)], first)
             copy(refs.table.at[work.head], first + 1)
 
     def load_tile(self, refs: BiasArrays, work: Work, position: Any, copy: Any, first: int) -> None:
@@ -130,7 +132,7 @@ class Biases:
             first += 1
         if self.buckets:
             assert refs.times is not None
-            copy(refs.times.at[pl.ds(work.row(position), TILE)], first)
+            copy(refs.times.at[pl.ds(work.tile_row(position), TILE)], first)
 
     def half_scores(
         self, products: Any, work: Work, own: Own, position: Any, resident: Any, streamed: Any
@@ -184,7 +186,8 @@ def _edge(bucket):
 def _range(times, position, work: Work, layout):
     """(least, greatest) of the times that belong to the sequence."""
     place = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=layout)
-    inside = place < work.shape.length - position
+    # Parts of 8 are constants in instructions; whole places would fill the registers.
+    inside = (place & -8) < (work.shape.length - position) - (place & 7)
     limits = jnp.iinfo(jnp.int32)
     low = jnp.min(jnp.where(inside, times, limits.max))
     return low, jnp.max(jnp.where(inside, times, limits.min))

@@ -21,13 +21,13 @@ from pallas_kernels.hstu_attention.tiles import (
     TILE,
     WORK,
     Mask,
-    Packing,
+    Works,
     from_rows,
     list_works,
     pack,
     to_rows,
 )
-from pallas_kernels.hstu_attention.walk import SCORES, Buffer, Own, Walk, Work
+from pallas_kernels.hstu_attention.walk import BY_ROW, SCORES, Buffer, Own, Walk, Work
 
 _PIECE = 16  # columns that are masked at once
 
@@ -42,23 +42,49 @@ def product(lhs: Any, rhs: Any) -> Any:
     return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32))
 
 
+class _Columns:
+    """Positions of some columns of a tile.
+
+    As multiples of 8, which are constants in the instructions that compare them, and the rest,
+    which is subtracted from the bounds: positions themselves would fill the registers.
+    """
+
+    def __init__(self, position: Any, piece: slice):
+        self._position, self._piece = position, piece
+        columns = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=SCORES)[:, piece]
+        self._eights, self._rest = columns & -8, columns & 7
+
+    def _inside(self, bound):
+        bound = bound - self._position
+        if bound.ndim:
+            bound = lax.broadcast_in_dim(bound, (TILE, TILE), (0,))[:, self._piece]
+        return bound - self._rest
+
+    def below(self, bound):
+        return self._eights < self._inside(bound)
+
+    def from_(self, bound):
+        return self._eights >= self._inside(bound)
+
+    def at(self, bound):
+        return self._eights == self._inside(bound)
+
+
 def masked(walk: Walk, work: Work, own: Own, position: Any, *values: Any) -> Any:
     """Values of a tile, zero for the pairs that do not attend."""
-    query, key = (position, own.position) if walk.by_keys else (own.position, position)
+    attends = walk.mask.attending if walk.by_keys else walk.mask.attended
 
     def mask(*values):
-        rows, columns = (
-            plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), n, layout=SCORES) for n in range(2)
-        )
-        queries, keys = (columns, rows) if walk.by_keys else (rows, columns)
+        row = own.position + plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=BY_ROW)
         pieces = []
         for first in range(0, TILE, _PIECE):  # for want of registers
             piece = slice(first, first + _PIECE)
-            valid = walk.mask.attends(queries[:, piece] + query, keys[:, piece] + key, work.shape)
+            valid = attends(row, _Columns(position, piece), work.shape)
             zero = jnp.zeros((), values[0].dtype)
             pieces.append([jnp.where(valid, value[:, piece], zero) for value in values])
         return tuple(jnp.concatenate(own, axis=1) for own in zip(*pieces, strict=True))
 
+    query, key = (position, own.position) if walk.by_keys else (own.position, position)
     full = walk.mask.is_full(query, key, work.shape)
     return lax.cond(full, lambda *values: values, mask, *values)
 
@@ -74,7 +100,7 @@ def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
         biases.load_resident(arrays, work, copy, 1)
 
     def load_tile(work, position, copy):
-        rows = pl.ds(work.row(position), TILE)
+        rows = pl.ds(work.tile_row(position), TILE)
         copy(k.at[rows, work.head], 0)
         copy(v.at[rows, work.head], 1)
         biases.load_tile(arrays, work, position, copy, 2)
@@ -114,21 +140,24 @@ def split_biases(biases: Biases, refs: list[Any]) -> BiasArrays:
 
 def attend(
     q: BFloat16[Array, "R H Dqk"],
-    k: BFloat16[Array, "R H Dqk"],
-    v: BFloat16[Array, "R H Dv"],
-    packing: Packing,
+    k: BFloat16[Array, "S H Dqk"],
+    v: BFloat16[Array, "S H Dv"],
+    works: Works,
     arrays: BiasArrays,
     biases: Biases,
     *,
-    num_tokens: int,
     mask: Mask,
     config: HstuConfig,
+    cached: bool = False,
 ) -> BFloat16[Array, "R H Dv"]:
-    """Runs the kernel on rows; rows without a token are left undefined."""
-    _, heads, width = q.shape
+    """Runs the kernel on rows; rows without a token are left undefined.
+
+    With `cached`, q's rows are not those of k and v.
+    """
+    num_rows, heads, width = q.shape
     v_width = v.shape[2]
     walk = Walk(
-        "hstu_attention",
+        "hstu_attention_cached" if cached else "hstu_attention",
         heads,
         config.programs,
         mask,
@@ -136,12 +165,12 @@ def attend(
         resident=(Buffer((WORK, width)), *biases.resident),
         streamed=(Buffer((TILE, width)), Buffer((TILE, v_width)), *biases.streamed),
         weights=1,
+        cached=cached,
     )
-    works = list_works(packing, mask, num_tokens)
     return walking.call(
         walk,
         functools.partial(_kernel, walk=walk, biases=biases),
-        jax.ShapeDtypeStruct(v.shape, v.dtype),
+        jax.ShapeDtypeStruct((num_rows, heads, v_width), v.dtype),
         works.fields,
         works.used,
         q,
@@ -169,9 +198,11 @@ def forward(
     """The op without its scale."""
     num_tokens = q.shape[0]
     packing = pack(offsets.astype(jnp.int32), num_targets, num_tokens, aligned=config.aligned)
-    arrays = bias_arrays(position_bias, timestamps, time_bias, packing)
+    times = None if timestamps is None else to_rows(timestamps, packing)
+    arrays = bias_arrays(position_bias, times, time_bias)
     buckets = 0 if time_bias is None else time_bias.shape[1]
     biases = Biases.of(arrays, alpha, buckets)
     rows = [to_rows(x, packing) for x in (q, k, v)]
-    out = attend(*rows, packing, arrays, biases, num_tokens=num_tokens, mask=mask, config=config)
+    works = list_works(packing, mask, num_tokens)
+    out = attend(*rows, works, arrays, biases, mask=mask, config=config)
     return from_rows(out, packing)

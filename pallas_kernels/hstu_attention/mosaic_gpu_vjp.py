@@ -101,7 +101,7 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
         biases.load_resident(arrays, work, copy, 2)
 
     def load_tile(work, position, copy):
-        rows = pl.ds(work.row(position), TILE)
+        rows = pl.ds(work.tile_row(position), TILE)
         copy(k.at[rows, work.head], 0)
         copy(v.at[rows, work.head], 1)
         biases.load_tile(arrays, work, position, copy, 2)
@@ -154,7 +154,7 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
         biases.load_resident(arrays, work, copy, kept)
 
     def load_tile(work, position, copy):
-        rows = pl.ds(work.row(position), TILE)
+        rows = pl.ds(work.tile_row(position), TILE)
         copy(q.at[rows, work.head], 0)
         copy(d_out.at[rows, work.head], 1)
         biases.load_tile(arrays, work, position, copy, 2)
@@ -221,10 +221,11 @@ def backward(
     v_width = v.shape[2]
     packing = pack(offsets.astype(jnp.int32), num_targets, num_tokens, aligned=config.aligned)
     rows = [to_rows(x, packing) for x in (q, k, v, d_out)]
+    times = None if timestamps is None else to_rows(timestamps, packing)
     buckets = 0 if time_bias is None else time_bias.shape[1]
 
     def run(name, kernel, widths, *, by_keys, resident, weights, **static):
-        arrays = bias_arrays(position_bias, timestamps, time_bias, packing, by_keys=by_keys)
+        arrays = bias_arrays(position_bias, times, time_bias, by_keys=by_keys)
         biases = Biases.of(arrays, alpha, buckets, by_keys=by_keys)
         walk = Walk(
             name,

@@ -6,7 +6,7 @@ for scalars in a kernel and for arrays around it alike.
 """
 
 from collections.abc import Sequence as Many
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax import lax
@@ -25,6 +25,22 @@ class Shape(NamedTuple):
 
     length: Any
     history_end: Any
+
+
+class Columns(Protocol):
+    """Positions along the rows of a tile, compared with one bound for each row or for all."""
+
+    def below(self, bound: Any) -> Any:
+        """Positions < bound."""
+        ...
+
+    def from_(self, bound: Any) -> Any:
+        """Positions ≥ bound."""
+        ...
+
+    def at(self, bound: Any) -> Any:
+        """Positions = bound."""
+        ...
 
 
 class Mask(NamedTuple):
@@ -57,6 +73,42 @@ class Mask(NamedTuple):
         if self.contextual_len > 0:
             valid |= (query < self.contextual_len) & (key_id < last_id)
         return valid & (query < shape.length)
+
+    def attended(self, query, keys: "Columns", shape: Shape):
+        """`attends`, for a query in each row: one run of keys, and the query itself."""
+        query_id = self.mask_id(query, shape)
+        begin, end = None, query_id + self.shift
+        if self.max_attn_len > 0:
+            oldest = query_id - self.max_attn_len
+            begin = jnp.where(oldest > 0, oldest + self.shift, 0)
+            if self.min_full_attn_len > 0:
+                last_id = shape.history_end - self.shift
+                begin = jnp.where(query_id >= last_id - self.min_full_attn_len, 0, begin)
+        if self.contextual_len > 0:
+            contextual = query < self.contextual_len
+            begin = None if begin is None else jnp.where(contextual, 0, begin)
+            end = jnp.where(contextual, shape.history_end, end)
+        valid = keys.below(end)
+        if begin is not None:
+            valid &= keys.from_(begin)
+        return valid | keys.at(query)
+
+    def attending(self, key, queries: "Columns", shape: Shape):
+        """`attends`, for a key in each row: a run of queries, those at the end, and the key."""
+        key_id = self.mask_id(key, shape)
+        is_target = key >= shape.history_end
+        valid = queries.from_(jnp.where(is_target, shape.length, key_id + self.shift + 1))
+        inside = queries.below(shape.length)
+        if self.max_attn_len > 0:
+            newest = key_id + self.max_attn_len
+            all_later = newest >= shape.history_end - self.shift
+            near = queries.below(jnp.where(all_later, shape.length, newest + self.shift + 1))
+            if self.min_full_attn_len > 0:
+                near |= queries.from_(shape.history_end - self.min_full_attn_len)
+            valid &= near
+        if self.contextual_len > 0:
+            valid |= queries.below(jnp.where(is_target, 0, self.contextual_len))
+        return (valid | queries.at(key)) & inside
 
     def is_full(self, query, key, shape: Shape):
         """Whether all pairs of a tile take part, by the positions of its first query and key."""

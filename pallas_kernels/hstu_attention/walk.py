@@ -71,6 +71,7 @@ class Walk:
       resident: blocks that a work keeps.
       streamed: blocks of a stage of the ring.
       weights: matrices [64, 64] that a warpgroup hands to the tensor cores through shared memory.
+      cached: what works meet stands in rows of its own; a fifth field tells where they start.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Walk:
     resident: tuple[Buffer, ...]
     streamed: tuple[Buffer, ...]
     weights: int
+    cached: bool = False
 
     @property
     def line(self) -> int:
@@ -122,6 +124,7 @@ class Work(NamedTuple):
     Attributes:
       head: its head.
       first_row: where its sequence starts.
+      first_tile_row: where the sequence starts among the rows that the work meets.
       position: of its first token in the sequence.
       shape: of the sequence.
       runs: tiles that it meets.
@@ -129,6 +132,7 @@ class Work(NamedTuple):
 
     head: Any
     first_row: Any
+    first_tile_row: Any
     position: Any
     shape: Shape
     runs: Runs
@@ -136,6 +140,10 @@ class Work(NamedTuple):
     def row(self, position):
         """Row of a position that is a multiple of 8."""
         return pl.multiple_of(self.first_row + position, ROW_MULTIPLE)
+
+    def tile_row(self, position):
+        """The same among the rows that the work meets."""
+        return pl.multiple_of(self.first_tile_row + position, ROW_MULTIPLE)
 
 
 class Own(NamedTuple):
@@ -179,8 +187,10 @@ def run(
     def get(item):
         index, head = lax.div(item, walk.heads), lax.rem(item, walk.heads)
         first_row, position, length, history_end = (fields[index, n] for n in range(4))
+        first_tile_row = fields[index, 4] if walk.cached else first_row
         shape = Shape(length, history_end)
-        return Work(head, first_row, position, shape, _runs(walk, position, WORK, shape))
+        runs = _runs(walk, position, WORK, shape)
+        return Work(head, first_row, first_tile_row, position, shape, runs)
 
     def each_work(body):
         items = used[0] * walk.heads

@@ -30,6 +30,15 @@ SEQUENCES = [
 ]
 
 
+class _Columns:
+    """Positions as they are."""
+
+    def __init__(self, positions):
+        self.below = lambda bound: positions < bound
+        self.from_ = lambda bound: positions >= bound
+        self.at = lambda bound: positions == bound
+
+
 @pytest.mark.parametrize(("length", "targets", "mask"), SEQUENCES)
 def test_runs_cover_what_attends(length, targets, mask):
     shape = Shape(np.int32(length), np.int32(length - targets))
@@ -44,6 +53,9 @@ def test_runs_cover_what_attends(length, targets, mask):
         min_full_attn_len=mask.min_full_attn_len,
     )
     np.testing.assert_array_equal(attends, wanted)
+    columns, row = _Columns(np.arange(length)), np.arange(length)[:, None]
+    np.testing.assert_array_equal(mask.attended(row, columns, shape), wanted)
+    np.testing.assert_array_equal(mask.attending(row, columns, shape), wanted.T)
     for runs, pairs in ((mask.key_runs, attends), (mask.query_runs, attends.T)):
         check_runs(runs, pairs, shape)
 
