@@ -39,7 +39,7 @@ gpu:  ## with a GPU and the machine's own Python packages: tests, then benchmark
 	python3 -m pytest tests/pallas_kernels -m gpu -o addopts="-ra" -p no:cacheprovider
 	python3 -m experiments.bench_bloom && python3 -m experiments.bench_ivf
 	python3 -m experiments.bench_codesign
-	python3 -m experiments.bench_moe
+	python3 -m experiments.bench_moe && python3 -m experiments.bench_attention
 
 .setup: $(UV_HOME)/ready
 	@$(UV) sync --quiet
