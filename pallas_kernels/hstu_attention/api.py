@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels._backend import Backend, resolve
 from pallas_kernels.hstu_attention.config import HstuConfig, kernel_problem
-from pallas_kernels.hstu_attention.ref import Masking, bias_gradients, hstu_attention_ref
+from pallas_kernels.hstu_attention.ref import Masking, hstu_attention_ref
 from pallas_kernels.hstu_attention.tiles import Mask
 
 
@@ -178,7 +178,7 @@ def _attend_backward(how: _How, inputs, d_out):
 
     q, k, v, position_bias, time_bias, lists = inputs
     d_out = d_out.astype(v.dtype)
-    dq, dk, dv = mosaic_gpu_vjp.backward(
+    gradients = mosaic_gpu_vjp.backward(
         q,
         k,
         v,
@@ -188,31 +188,16 @@ def _attend_backward(how: _How, inputs, d_out):
         lists.timestamps,
         time_bias,
         d_out,
+        max_len=how.max_len,
         alpha=how.alpha,
         mask=how.mask,
         config=how.config,
     )
-    biases = (position_bias, time_bias)
-    if all(bias is None for bias in biases):
-        return dq, dk, dv, None, None, None
-    gradients = bias_gradients(
-        q,
-        k,
-        v,
-        lists.seq_offsets,
-        d_out,
-        max_len=how.max_len,
-        alpha=how.alpha,
-        masking=Masking(lists.num_targets, *how.mask),
-        position_bias=position_bias,
-        timestamps=lists.timestamps,
-        time_bias=time_bias,
-    )
-    d_biases = [
+    d_biases = (
         None if bias is None else gradient.astype(bias.dtype)
-        for bias, gradient in zip(biases, gradients, strict=True)
-    ]
-    return dq, dk, dv, *d_biases, None
+        for bias, gradient in zip((position_bias, time_bias), gradients[3:], strict=True)
+    )
+    return *gradients[:3], *d_biases, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -16,10 +16,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels.hstu_attention.ref import time_bucket
-from pallas_kernels.hstu_attention.tiles import TILE, WORK
+from pallas_kernels.hstu_attention.tiles import TILE, WORK, Shape
 from pallas_kernels.hstu_attention.walk import BY_COLUMN, BY_ROW, SCORES, Buffer, Own, Work
 
 _SQRT2 = np.uint32(0xB504F333)  # √2·2^31, rounded down
+MAX_BUCKETS = 63  # 2^31 seconds are in the last one
 _PIECE = 32  # columns whose times are looked up at once, for want of registers
 _TABLE_MULTIPLE = 32  # entries; the copy engine takes whole lines of 128 bytes
 
@@ -143,36 +144,76 @@ class Biases:
             tile = plgpu.load(streamed[0].at[own.warpgroup], layout=SCORES)
             half += tile.astype(jnp.float32)
         if self.buckets:
-            half += self._of_times(work, own, position, resident[0], streamed[-1], resident[1])
+            elapsed = Elapsed.of(
+                plgpu.load(resident[0].at[own.rows], layout=BY_ROW),
+                plgpu.load(streamed[-1], layout=BY_COLUMN),
+                own.position,
+                position,
+                work.shape,
+                self.buckets,
+            )
+            half += elapsed.bias(resident[1])
         return half
 
-    def _of_times(self, work: Work, own: Own, position, times, tile_times, table):
-        """The bias of the time between the tokens of each pair."""
-        rows = plgpu.load(times.at[own.rows], layout=BY_ROW)
-        columns = plgpu.load(tile_times, layout=BY_COLUMN)
-        row_low, row_high = _range(rows, own.position, work, BY_ROW)
-        low, high = _range(columns, position, work, BY_COLUMN)
+
+class Elapsed(NamedTuple):
+    """Time between the tokens of a tile's pairs.
+
+    Attributes:
+      rows, columns: times, [64, 64] each.
+      first, last: buckets that they can be in.
+    """
+
+    rows: Any
+    columns: Any
+    first: Any
+    last: Any
+
+    @classmethod
+    def of(cls, rows, columns, row_position, position, shape: Shape, buckets: int) -> "Elapsed":
+        """From the times by row and by column, and the positions of the tile's first pair."""
+        row_low, row_high = _range(rows, row_position, shape, BY_ROW)
+        low, high = _range(columns, position, shape, BY_COLUMN)
         closest = jnp.maximum(jnp.maximum(row_low - high, low - row_high), 0)
         farthest = jnp.maximum(row_high - low, high - row_low)
-        first, last = (time_bucket(seconds, self.buckets) for seconds in (closest, farthest))
-        rows = lax.broadcast_in_dim(rows, (TILE, TILE), (0,))
-        columns = lax.broadcast_in_dim(columns, (TILE, TILE), (1,))
-        pieces = []
+        return cls(
+            lax.broadcast_in_dim(rows, (TILE, TILE), (0,)),
+            lax.broadcast_in_dim(columns, (TILE, TILE), (1,)),
+            *(time_bucket(seconds, buckets) for seconds in (closest, farthest)),
+        )
+
+    def pieces(self):
+        """(columns, seconds) of some columns after the other, for want of registers."""
         for begin in range(0, TILE, _PIECE):
             piece = slice(begin, begin + _PIECE)
-            elapsed = lax.abs(rows[:, piece] - columns[:, piece])
-            pieces.append(_look_up(table, elapsed, first, last))
-        return jnp.concatenate(pieces, axis=1)
+            yield piece, lax.abs(self.rows[:, piece] - self.columns[:, piece])
 
+    def bias(self, table):
+        """table[bucket] of each pair: of the last bucket whose edge it reaches."""
 
-def _look_up(table, elapsed, first, last):
-    """table[bucket] of each pair: the last bucket whose edge it reaches."""
+        def found(seconds):
+            def bucket(n, bias):
+                return jnp.where(seconds >= _edge(n), table[n], bias)
 
-    def bucket(n, found):
-        return jnp.where(elapsed >= _edge(n), table[n], found)
+            bias = jnp.full(seconds.shape, table[self.first], jnp.float32)
+            bias = plgpu.layout_cast(bias, SCORES)
+            return lax.fori_loop(self.first + 1, self.last + 1, bucket, bias)
 
-    found = plgpu.layout_cast(jnp.full(elapsed.shape, table[first], jnp.float32), SCORES)
-    return lax.fori_loop(first + 1, last + 1, bucket, found)
+        return jnp.concatenate([found(seconds) for _, seconds in self.pieces()], axis=1)
+
+    def add_sums(self, values, sums, buckets: int) -> None:
+        """Adds the sum of each row's values in bucket n to sums[n]."""
+
+        def bucket(n, _):
+            is_last = n >= min(buckets, MAX_BUCKETS) - 1
+            end = jnp.where(is_last, jnp.iinfo(jnp.int32).max, _edge(n + 1) - 1)
+            total = plgpu.load(sums.at[n], layout=BY_ROW)
+            for piece, seconds in self.pieces():
+                inside = (seconds >= _edge(n)) & (seconds <= end)
+                total += jnp.sum(jnp.where(inside, values[:, piece], 0.0), axis=1)
+            sums.at[n][...] = total
+
+        lax.fori_loop(self.first, self.last + 1, bucket, None)
 
 
 def _edge(bucket):
@@ -183,11 +224,11 @@ def _edge(bucket):
     return jnp.where((bucket & 1) == 0, whole - 1, root.astype(jnp.int32))
 
 
-def _range(times, position, work: Work, layout):
+def _range(times, position, shape: Shape, layout):
     """(least, greatest) of the times that belong to the sequence."""
     place = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=layout)
     # Parts of 8 are constants in instructions; whole places would fill the registers.
-    inside = (place & -8) < (work.shape.length - position) - (place & 7)
+    inside = (place & -8) < (shape.length - position) - (place & 7)
     limits = jnp.iinfo(jnp.int32)
     low = jnp.min(jnp.where(inside, times, limits.max))
     return low, jnp.max(jnp.where(inside, times, limits.min))

@@ -21,25 +21,47 @@ from pallas_kernels.hstu_attention.tiles import (
     TILE,
     WORK,
     Mask,
+    Shape,
     Works,
     from_rows,
     list_works,
     pack,
     to_rows,
 )
-from pallas_kernels.hstu_attention.walk import BY_ROW, SCORES, Buffer, Own, Walk, Work
+from pallas_kernels.hstu_attention.walk import BY_ROW, SCORES, Buffer, Walk
 
 _PIECE = 16  # columns that are masked at once
 
 
-def product(lhs: Any, rhs: Any) -> Any:
-    """A tile of lhs · rhs, once it and all products issued before are done."""
+def products(pairs: list[tuple[Any, Any]], half: Any, *, late: bool) -> list[Any]:
+    """[half(scores), d_weights] of a tile: products of two pairs of operands, or the first alone.
 
-    def run(accumulator):
-        plgpu.wgmma(accumulator, lhs, rhs)
-        return accumulator[...]
+    Both are issued together, or, `late`, one after the other: registers that the biases need are
+    then not yet those of d_weights.
+    """
+    first, *second = pairs
 
-    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32))
+    def run(scores, *d_weights):
+        def issue():
+            for accumulator, operands in zip(d_weights, second, strict=True):
+                plgpu.wgmma(accumulator, *operands)
+
+        plgpu.wgmma(scores, *first)
+        if not late:
+            issue()
+        halves = half(scores[...])
+        if late:
+            issue()
+        return [halves, *(accumulator[...] for accumulator in d_weights)]
+
+    tile = plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)
+    return pl.run_scoped(run, *[tile] * len(pairs))
+
+
+def silu_and_slope(half: Any) -> tuple[Any, Any]:
+    """SiLU and its derivative at 2·half."""
+    tanh = jnp.tanh(half)
+    return half + half * tanh, (0.5 + 0.5 * tanh) * (1 + half * (1 - tanh))
 
 
 class _Columns:
@@ -70,23 +92,25 @@ class _Columns:
         return self._eights == self._inside(bound)
 
 
-def masked(walk: Walk, work: Work, own: Own, position: Any, *values: Any) -> Any:
-    """Values of a tile, zero for the pairs that do not attend."""
-    attends = walk.mask.attending if walk.by_keys else walk.mask.attended
+def masked(
+    mask: Mask, shape: Shape, row_position: Any, position: Any, *values: Any, by_keys: bool = False
+) -> Any:
+    """Values of a tile, zero for the pairs that do not attend; rows are keys with `by_keys`."""
+    attends = mask.attending if by_keys else mask.attended
 
-    def mask(*values):
-        row = own.position + plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=BY_ROW)
+    def select(*values):
+        row = row_position + plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=BY_ROW)
         pieces = []
         for first in range(0, TILE, _PIECE):  # for want of registers
             piece = slice(first, first + _PIECE)
-            valid = attends(row, _Columns(position, piece), work.shape)
+            valid = attends(row, _Columns(position, piece), shape)
             zero = jnp.zeros((), values[0].dtype)
             pieces.append([jnp.where(valid, value[:, piece], zero) for value in values])
         return tuple(jnp.concatenate(own, axis=1) for own in zip(*pieces, strict=True))
 
-    query, key = (position, own.position) if walk.by_keys else (own.position, position)
-    full = walk.mask.is_full(query, key, work.shape)
-    return lax.cond(full, lambda *values: values, mask, *values)
+    query, key = (position, row_position) if by_keys else (row_position, position)
+    full = mask.is_full(query, key, shape)
+    return lax.cond(full, lambda *values: values, select, *values)
 
 
 def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
@@ -111,11 +135,16 @@ def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
         def products(accumulator):
             def tile(position, streamed, free):
                 keys, values = streamed[:2]
-                scores = product(queries, keys.T)
-                free()
-                half = biases.half_scores(scores, work, own, position, resident[1:], streamed[2:])
-                silu = half + half * jnp.tanh(half)
-                (silu,) = masked(walk, work, own, position, silu)
+
+                def half(scores):
+                    free()
+                    return biases.half_scores(
+                        scores, work, own, position, resident[1:], streamed[2:]
+                    )
+
+                (halves,) = products([(queries, keys.T)], half, late=False)
+                silu = halves + halves * jnp.tanh(halves)
+                (silu,) = masked(walk.mask, work.shape, own.position, position, silu)
                 own_weights[...] = silu.astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 plgpu.wgmma(accumulator, own_weights, values)

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Int
+from jaxtyping import Array, BFloat16, Float, Float32, Int
 
 from pallas_kernels.hstu_attention import walk as walking
 from pallas_kernels.hstu_attention.biases import Biases, bias_arrays
 from pallas_kernels.hstu_attention.config import MAX_WIDTH, HstuConfig
-from pallas_kernels.hstu_attention.mosaic_gpu import masked, split_biases
+from pallas_kernels.hstu_attention.mosaic_gpu import masked, products, silu_and_slope, split_biases
+from pallas_kernels.hstu_attention.mosaic_gpu_bias_vjp import bias_gradients
 from pallas_kernels.hstu_attention.tiles import (
     TILE,
     WORK,
@@ -32,48 +33,17 @@ from pallas_kernels.hstu_attention.walk import Buffer, Walk
 _PIECE = 16  # columns
 
 
-def _products(pairs: list[tuple[Any, Any]], half: Any, *, late: bool) -> list[Any]:
-    """[half(scores), d_weights] of a tile: products of two pairs of operands, or the first alone.
-
-    Both are issued together, or, `late`, one after the other: registers that the biases need are
-    then not yet those of d_weights.
-    """
-    first, *second = pairs
-
-    def run(scores, *d_weights):
-        def issue():
-            for accumulator, operands in zip(d_weights, second, strict=True):
-                plgpu.wgmma(accumulator, *operands)
-
-        plgpu.wgmma(scores, *first)
-        if not late:
-            issue()
-        halves = half(scores[...])
-        if late:
-            issue()
-        return [halves, *(accumulator[...] for accumulator in d_weights)]
-
-    tile = plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)
-    return pl.run_scoped(run, *[tile] * len(pairs))
-
-
-def _silu_and_slope(half: Any) -> tuple[Any, Any]:
-    """SiLU and its derivative at 2·half."""
-    tanh = jnp.tanh(half)
-    return half + half * tanh, (0.5 + 0.5 * tanh) * (1 + half * (1 - tanh))
-
-
 def _d_scores(half: Any, d_weights: Any) -> tuple[Any]:
-    return (d_weights * _silu_and_slope(half)[1],)
+    return (d_weights * silu_and_slope(half)[1],)
 
 
 def _d_scores_and_weights(half: Any, d_weights: Any) -> tuple[Any, Any]:
-    weights, slope = _silu_and_slope(half)
+    weights, slope = silu_and_slope(half)
     return d_weights * slope, weights
 
 
 def _weights(half: Any) -> tuple[Any]:
-    return (_silu_and_slope(half)[0],)
+    return (silu_and_slope(half)[0],)
 
 
 def _by_pieces(function: Any, *tiles: Any) -> list[Any]:
@@ -121,9 +91,9 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
                     )
 
                 pairs = [(queries, keys.T), (d_outs, values.T)]
-                results = _products(pairs, half, late=biases.tiles + biases.buckets > 0)
+                results = products(pairs, half, late=biases.tiles + biases.buckets > 0)
                 values = _by_pieces(_d_scores, *results)
-                (own_weights[...],) = masked(walk, work, own, position, *values)
+                (own_weights[...],) = masked(walk.mask, work.shape, own.position, position, *values)
                 plgpu.commit_smem()
                 plgpu.wgmma(accumulator, own_weights, keys)
 
@@ -173,9 +143,11 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
                     )
 
                 pairs = list(zip(own_rows, (queries.T, d_outs.T), strict=False))
-                results = _products(pairs, half, late=biases.tiles + biases.buckets > 0)
+                results = products(pairs, half, late=biases.tiles + biases.buckets > 0)
                 values = _by_pieces(function, *results)
-                values = masked(walk, work, own, position, *values)
+                values = masked(
+                    walk.mask, work.shape, own.position, position, *values, by_keys=True
+                )
                 for n, value in enumerate(values):
                     weights.at[own.warpgroup, n][...] = value
                 plgpu.commit_smem()
@@ -200,7 +172,7 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
     walking.run(walk, (fields, used), buffers, load_resident, load_tile, compute)
 
 
-@functools.partial(jax.jit, static_argnames=("alpha", "mask", "config"))
+@functools.partial(jax.jit, static_argnames=("max_len", "alpha", "mask", "config"))
 def backward(
     q: BFloat16[Array, "T H Dqk"],
     k: BFloat16[Array, "T H Dqk"],
@@ -212,11 +184,18 @@ def backward(
     time_bias: Float[Array, "H buckets"] | None,
     d_out: BFloat16[Array, "T H Dv"],
     *,
+    max_len: int,
     alpha: float,
     mask: Mask,
     config: HstuConfig,
-) -> tuple[BFloat16[Array, "T H Dqk"], BFloat16[Array, "T H Dqk"], BFloat16[Array, "T H Dv"]]:
-    """(dq, dk, dv) of `mosaic_gpu.forward`."""
+) -> tuple[
+    BFloat16[Array, "T H Dqk"],
+    BFloat16[Array, "T H Dqk"],
+    BFloat16[Array, "T H Dv"],
+    Float32[Array, "H max_len"] | None,
+    Float32[Array, "H buckets"] | None,
+]:
+    """Gradients of q, k, v and the biases, for that of `mosaic_gpu.forward`."""
     num_tokens, heads, width = q.shape
     v_width = v.shape[2]
     packing = pack(offsets.astype(jnp.int32), num_targets, num_tokens, aligned=config.aligned)
@@ -267,4 +246,18 @@ def backward(
             weights=1,
             wanted="v",
         )
-    return dq, dk, dv
+    arrays = bias_arrays(position_bias, times, time_bias)
+    biases = Biases.of(arrays, alpha, buckets)
+    d_biases = None, None
+    if biases.tiles or biases.buckets:
+        d_biases = bias_gradients(
+            *rows,
+            packing,
+            arrays,
+            biases,
+            num_tokens=num_tokens,
+            max_len=max_len,
+            mask=mask,
+            programs=config.programs,
+        )
+    return dq, dk, dv, *d_biases

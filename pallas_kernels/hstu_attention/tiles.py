@@ -198,6 +198,13 @@ class Runs(NamedTuple):
         """Tiles of all runs together."""
         return sum(end - begin for begin, end in zip(self.begins, self.ends, strict=True))
 
+    def has(self, tile):
+        """Whether a tile is in a run."""
+        inside = False
+        for begin, end in zip(self.begins, self.ends, strict=True):
+            inside |= (begin <= tile) & (tile < end)
+        return inside
+
     def tile(self, step):
         """The tile at a place in the order of the runs."""
         skipped, tile, end = self.begins[0], step + self.begins[0], self.ends[0]
@@ -333,3 +340,31 @@ def list_works(packing: Packing, mask: Mask, num_tokens: int, *, by_keys: bool =
     order, *fields = lax.sort((-tiles, *fields), num_keys=1)
     used = jnp.minimum(ends[-1:], work.size)
     return Works(jnp.stack(fields, axis=1), used, -order)
+
+
+class Tiles(NamedTuple):
+    """All tiles of 64 tokens, the last ones of their sequences first.
+
+    Attributes:
+      fields: as `Works.fields`.
+      counts: at n, how many have n tiles or more before them in their sequence.
+    """
+
+    fields: Int32[Array, "N 4"]
+    counts: Int32[Array, "distances"]
+
+
+def list_tiles(packing: Packing, num_tokens: int, distances: int) -> Tiles:
+    """All tiles, and counts up to `distances`; N = T / 64 + B."""
+    shapes = packing.shapes
+    num_sequences = packing.starts.shape[0]
+    counts = (shapes.length + TILE - 1) // TILE
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    tile = jnp.arange(num_tokens // TILE + num_sequences, dtype=jnp.int32)
+    owner = jnp.minimum(_count_until(ends, tile), num_sequences - 1)
+    place = jnp.where(tile < ends[-1], tile - (ends - counts)[owner], -1)
+    shape = (shapes.length[owner], shapes.history_end[owner])
+    order, *fields = lax.sort((-place, packing.starts[owner], *shape), num_keys=1)
+    fields.insert(1, -TILE * order)
+    counts = _count_until(order, -jnp.arange(distances, dtype=jnp.int32))
+    return Tiles(jnp.stack(fields, axis=1), counts)

@@ -21,7 +21,7 @@ from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, WORK, Mask, 
 _SHARED_BYTES = 224 * 1024  # of 227 KiB; barriers and reductions take the rest
 _SHARED_MULTIPLE = 1024  # where the compiler lets a buffer start
 _MAX_STAGES = 4
-_PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 24, 240
+PRODUCER_REGISTERS, COMPUTE_REGISTERS = 24, 240
 SCORES = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = SCORES.reduce(1), SCORES.reduce(0)
 
@@ -107,15 +107,28 @@ class Walk:
     @property
     def stages(self) -> int:
         """Of the ring: as many as fit beside one work's residents, at most four."""
-        for stages in range(_MAX_STAGES, 0, -1):
-            if self._shared_bytes(1, stages) <= _SHARED_BYTES:
-                return stages
-        raise ValueError(f"{self.name}: heads this wide do not fit shared memory")
+        stages = most_stages(self.streamed, self._shared_bytes(1, 0))
+        if not stages:
+            raise ValueError(f"{self.name}: heads this wide do not fit shared memory")
+        return stages
 
     @property
     def slots(self) -> int:
         """Works whose residents fit: two where there is room, so that the next arrive early."""
         return 2 if self._shared_bytes(2, self.stages) <= _SHARED_BYTES else 1
+
+
+def row_multiple(row: Any) -> Any:
+    """A row where a sequence or a tile of it starts, as the copy engine must know it."""
+    return pl.multiple_of(row, ROW_MULTIPLE)
+
+
+def most_stages(streamed: Sequence[Buffer], other_bytes: int) -> int:
+    """Stages of a ring that fit beside `other_bytes`; 0 if not even one does."""
+    for stages in range(_MAX_STAGES, 0, -1):
+        if sum(buffer.num_bytes(stages) for buffer in streamed) + other_bytes <= _SHARED_BYTES:
+            return stages
+    return 0
 
 
 class Work(NamedTuple):
@@ -139,11 +152,11 @@ class Work(NamedTuple):
 
     def row(self, position):
         """Row of a position that is a multiple of 8."""
-        return pl.multiple_of(self.first_row + position, ROW_MULTIPLE)
+        return row_multiple(self.first_row + position)
 
     def tile_row(self, position):
         """The same among the rows that the work meets."""
-        return pl.multiple_of(self.first_tile_row + position, ROW_MULTIPLE)
+        return row_multiple(self.first_tile_row + position)
 
 
 class Own(NamedTuple):
@@ -209,7 +222,7 @@ def run(
         return lax.fori_loop(0, rounds, turn, jnp.int32(0))
 
     def produce():
-        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
         def fill(n, work, steps, exists, done):
             slot = lax.rem(n, walk.slots)
@@ -220,7 +233,7 @@ def run(
                 def _():
                     plgpu.barrier_wait(kept_empty.at[slot])
 
-                load_resident(work, _copier(resident, slot, kept_full))
+                load_resident(work, copier(resident, slot, kept_full))
 
             def stage(step, _):
                 slot = lax.rem(done + step, walk.stages)
@@ -230,7 +243,7 @@ def run(
                     plgpu.barrier_wait(empty.at[slot])
 
                 tile = work.runs.tile(step)
-                load_tile(work, tile * TILE, _copier(streamed, slot, full))
+                load_tile(work, tile * TILE, copier(streamed, slot, full))
 
             lax.fori_loop(0, steps, stage, None)
             return done + steps
@@ -254,7 +267,7 @@ def run(
         lax.fori_loop(jnp.maximum(turns - walk.slots, 0), turns, drain_kept, None)
 
     def consume():
-        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
         def one(n, work, steps, exists, done):
             slot = lax.rem(n, walk.slots)
@@ -305,7 +318,8 @@ def run(
     pl.when(warpgroup == 2)(produce)
 
 
-def _copies(buffers: Sequence[Buffer]) -> int:
+def copies(buffers: Sequence[Buffer]) -> int:
+    """Arrivals that fill a slot of these."""
     return sum(buffer.copies for buffer in buffers)
 
 
@@ -315,7 +329,9 @@ def _runs(walk: Walk, position, rows: int, shape: Shape) -> Runs:
     return runs(position, last, shape)
 
 
-def _copier(buffers, slot, barrier):
+def copier(buffers: Sequence[Any], slot: Any, barrier: Any) -> Callable[..., None]:
+    """copy(source, n, *block): into a block of buffer n, and arrives when it is there."""
+
     def copy(source, n, *block):
         plgpu.copy_gmem_to_smem(source, buffers[n].at[(slot, *block)], barrier.at[slot])
 
@@ -354,9 +370,9 @@ def call(walk: Walk, kernel: Callable[..., None], out_type: Any, *args: jax.Arra
     scratch = [
         *resident,
         *streamed,
-        plgpu.Barrier(num_arrivals=_copies(walk.resident), num_barriers=walk.slots),
+        plgpu.Barrier(num_arrivals=copies(walk.resident), num_barriers=walk.slots),
         plgpu.Barrier(num_arrivals=2, num_barriers=walk.slots),
-        plgpu.Barrier(num_arrivals=_copies(walk.streamed), num_barriers=walk.stages),
+        plgpu.Barrier(num_arrivals=copies(walk.streamed), num_barriers=walk.stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=walk.stages),
         swizzled((2, walk.weights, TILE, TILE), walk.line),
     ]

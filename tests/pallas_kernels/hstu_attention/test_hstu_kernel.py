@@ -13,8 +13,8 @@ from dense_hstu import dense_hstu, dense_mask
 from pallas_kernels._testing import simulate
 from pallas_kernels.hstu_attention import hstu_attention
 from pallas_kernels.hstu_attention.config import HstuConfig, kernel_problem
-from pallas_kernels.hstu_attention.ref import Masking, bias_gradients, hstu_attention_ref
-from pallas_kernels.hstu_attention.tiles import Mask
+from pallas_kernels.hstu_attention.mosaic_gpu_bias_vjp import by_distance
+from pallas_kernels.hstu_attention.tiles import TILE, Mask
 from pallas_kernels.hstu_attention.workloads import WORKLOADS
 
 CONFIG = HstuConfig(programs=2)
@@ -159,40 +159,21 @@ def test_simulated_aligned_sequences_are_read_in_place():
         assert np.isnan(np.asarray(none, np.float32)).all()
 
 
-@pytest.mark.parametrize("max_len", [90, 600])
-def test_bias_gradients_are_those_of_the_reference(max_len):
-    lengths = [90, 0, 17] if max_len == 90 else [520, 31]
-    arrays = arguments(lengths, position=True, times=True, heads=2, max_len=max_len)
-    offsets = jnp.asarray(arrays["offsets"])
-    q, k, v, d_out = (jnp.asarray(arrays[name], jnp.float32) for name in ("q", "k", "v", "d_out"))
-    targets = jnp.asarray([2, 0, 1][: len(lengths)], jnp.int32)
-    options: Any = {
-        "max_len": max_len,
-        "alpha": 0.1,
-        "masking": Masking(targets, 50, 3, 20),
-        "timestamps": jnp.asarray(arrays["timestamps"]),
-    }
-    biases = [jnp.asarray(arrays[name]) for name in ("position_bias", "time_bias")]
-
-    def op(position_bias, time_bias):
-        return hstu_attention_ref(
-            q,
-            k,
-            v,
-            offsets,
-            attn_scale=jnp.float32(1),
-            position_bias=position_bias,
-            time_bias=time_bias,
-            **options,
-        )
-
-    _, pull = jax.vjp(op, *biases)
-    position_bias, time_bias = biases
-    got = bias_gradients(
-        q, k, v, offsets, d_out, position_bias=position_bias, time_bias=time_bias, **options
-    )
-    for ours, theirs in zip(got, pull(d_out), strict=True):
-        close(ours, theirs, 1e-4)
+def test_sums_of_tiles_go_to_their_distances():
+    distances, length = 3, 160
+    place = np.arange(distances * TILE)
+    distance = place[:, None] - place
+    values = np.random.default_rng(0).standard_normal(distance.shape)
+    values *= (distance >= -20) & (distance < length)  # some look ahead
+    tiles = values.reshape(distances, TILE, distances, TILE).swapaxes(1, 2)
+    classes = [
+        sum(tiles[i, i - n] for i in range(distances) if 0 <= i - n < distances)
+        for n in (0, 1, 2, -1, -2)
+    ]
+    got = by_distance(jnp.asarray(np.stack(classes)[None], jnp.float32), distances)
+    clipped = np.maximum(distance, 0)
+    want = [values[clipped == n].sum() for n in range(distances * TILE)]
+    np.testing.assert_allclose(got[0], want, atol=1e-4)
 
 
 @pytest.mark.parametrize(

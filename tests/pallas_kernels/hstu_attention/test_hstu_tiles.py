@@ -12,6 +12,7 @@ from pallas_kernels.hstu_attention.tiles import (
     Mask,
     Shape,
     from_rows,
+    list_tiles,
     list_works,
     pack,
     to_rows,
@@ -106,6 +107,18 @@ def test_rows_hold_every_token_once(lengths):
     back = np.asarray(from_rows(jnp.asarray(rows), packing))
     np.testing.assert_array_equal(back[: sum(lengths)], x[: sum(lengths)])
     assert not back[sum(lengths) :].any()
+
+
+def test_tiles_are_listed_from_the_last_places_on():
+    lengths = np.array([65, 0, 1, 200, 64])
+    packing = pack(jnp.asarray(offsets_of(lengths)), None, int(lengths.sum()) + 3)
+    tiles = list_tiles(packing, int(lengths.sum()) + 3, 5)
+    starts = np.asarray(packing.starts)
+    wanted = [(s, p, n, n) for s, n in zip(starts, lengths, strict=True) for p in range(0, n, TILE)]
+    assert sorted(map(tuple, np.asarray(tiles.fields)[: len(wanted)].tolist())) == sorted(wanted)
+    places = np.asarray(tiles.fields)[: len(wanted), 1]
+    assert np.all(np.diff(places) <= 0)
+    np.testing.assert_array_equal(tiles.counts, [np.sum(places >= TILE * n) for n in range(5)])
 
 
 def computed_pairs(lengths, mask, targets=None):

@@ -1,0 +1,384 @@
+"""Gradients of the biases on Hopper's tensor cores.
+
+A work is one head, one distance of tiles and a part of the query tiles that have a tile of keys so
+far before them (or, with contextual tokens, behind them). Its pairs share their place in the bias
+of the distance, so that one tile of sums in registers takes them all; XLA then adds its diagonals.
+Sums by time are kept in shared memory, for each bucket and row. Two warpgroups take turns.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float32
+
+from pallas_kernels.hstu_attention.biases import MAX_BUCKETS, BiasArrays, Biases, Elapsed
+from pallas_kernels.hstu_attention.mosaic_gpu import masked, products, silu_and_slope, split_biases
+from pallas_kernels.hstu_attention.tiles import TILE, Mask, Packing, Shape, Tiles, list_tiles
+from pallas_kernels.hstu_attention.walk import (
+    BY_COLUMN,
+    BY_ROW,
+    COMPUTE_REGISTERS,
+    PRODUCER_REGISTERS,
+    SCORES,
+    Buffer,
+    copier,
+    copies,
+    most_stages,
+    row_multiple,
+)
+
+_WORKS = 4  # for each program, at least
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Static sizes of the kernel.
+
+    Attributes:
+      heads, programs, mask: as in `Walk`.
+      distances: of tiles, from 0 on.
+      parts: of the tiles of each distance.
+      streamed: buffers of a stage.
+      biases: what is added to the scores.
+    """
+
+    heads: int
+    programs: int
+    mask: Mask
+    distances: int
+    parts: int
+    streamed: tuple[Buffer, ...]
+    biases: Biases
+
+    @property
+    def classes(self) -> int:
+        """Distances back, and those ahead where contextual tokens look ahead."""
+        return self.distances + (self.distances - 1) * (self.mask.contextual_len > 0)
+
+    @property
+    def items(self) -> int:
+        """Works."""
+        return self.classes * self.parts * self.heads
+
+    @property
+    def buckets(self) -> int:
+        """Whose sums are kept; times reach no later ones."""
+        return min(self.biases.buckets, MAX_BUCKETS)
+
+    @property
+    def line(self) -> int:
+        """Columns of a line of shared memory."""
+        return min(64 if b.shape[-1] % 64 == 0 else 32 for b in self.streamed if b.shape[1:])
+
+    @property
+    def stages(self) -> int:
+        """Of the ring."""
+        return most_stages(self.streamed, 2 * 4 * TILE * self.buckets)
+
+
+class _Item(NamedTuple):
+    """A work: a head, a class of distances, which part of it, and its tiles, begin … end."""
+
+    head: Any
+    number: Any
+    part: Any
+    distance: Any
+    begin: Any
+    end: Any
+
+
+class _Pair(NamedTuple):
+    """Two tiles of a sequence: where they start, and whether any of their pairs attends."""
+
+    first_row: Any
+    query: Any
+    key: Any
+    shape: Shape
+    counts: Any
+
+    def row(self, position):
+        """Row of a position."""
+        return row_multiple(self.first_row + position)
+
+
+def _item(plan: _Plan, counts, n) -> _Item:
+    head, rest = lax.rem(n, plan.heads), lax.div(n, plan.heads)
+    part, number = lax.rem(rest, plan.parts), lax.div(rest, plan.parts)
+    ahead = number >= plan.distances
+    distance = jnp.where(ahead, plan.distances - 1 - number, number)
+    count = counts[jnp.abs(distance)]
+    begin, end = (lax.div(count * place, plan.parts) for place in (part, part + 1))
+    return _Item(head, number, part, distance, begin, end)
+
+
+def _pair(plan: _Plan, fields, item: _Item, n) -> _Pair:
+    first_row, position, length, history_end = (fields[n, field] for field in range(4))
+    # The listed tile is the later one, whether of queries or of keys.
+    ahead = item.distance < 0
+    other = position - TILE * jnp.abs(item.distance)
+    query, key = jnp.where(ahead, other, position), jnp.where(ahead, position, other)
+    shape = Shape(length, history_end)
+    runs = plan.mask.key_runs(query, jnp.minimum(query + TILE, length) - 1, shape)
+    return _Pair(first_row, query, key, shape, runs.has(lax.div(key, TILE)))
+
+
+def _each_item(plan: _Plan, counts, body, done):
+    """body(item, done) for every work of this program."""
+    program = lax.axis_index("program")
+
+    def turn(n, done):
+        back = lax.rem(n, 2)  # works become shorter: the last of one turn is first of the next
+        place = n * plan.programs + program + back * (plan.programs - 1 - 2 * program)
+        item = _item(plan, counts, jnp.minimum(place, plan.items - 1))
+        end = jnp.where(place < plan.items, item.end, item.begin)
+        return body(item._replace(end=end), place < plan.items, done)
+
+    return lax.fori_loop(0, -(-plan.items // plan.programs), turn, done)
+
+
+def _produce(plan: _Plan, fields, counts, sources, times, buffers, full, empty) -> None:
+    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+    def fill(item, _, done):
+        def load(n, done):
+            pair = _pair(plan, fields, item, n)
+
+            @pl.when(pair.counts)
+            def _():
+                slot = lax.rem(done, plan.stages)
+
+                @pl.when(done >= plan.stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                copy = copier(buffers, slot, full)
+                places = (pair.query, pair.query, pair.key, pair.key)
+                for buffer, (source, place) in enumerate(zip(sources, places, strict=True)):
+                    copy(source.at[pl.ds(pair.row(place), TILE), item.head], buffer)
+                if plan.biases.buckets:
+                    copy(times.at[pl.ds(pair.row(pair.query), TILE)], 4)
+                    copy(times.at[pl.ds(pair.row(pair.key), TILE)], 5)
+
+            return done + pair.counts.astype(jnp.int32)
+
+        return lax.fori_loop(item.begin, item.end, load, done)
+
+    done = _each_item(plan, counts, fill, jnp.int32(0))
+
+    def drain(step, _):
+        plgpu.barrier_wait(empty.at[lax.rem(step, plan.stages)])
+
+    lax.fori_loop(jnp.maximum(done - plan.stages, 0), done, drain, None)
+
+
+def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, full, empty, sums):
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    warpgroup = lax.axis_index("warpgroup")
+    by_place, by_bucket = outs
+
+    def tile(item, pair, slot, bias, total):
+        """Adds a pair of tiles to the sums."""
+        q, d_out, k, v, *times = (buffer.at[slot] for buffer in buffers)
+
+        def half(scores):
+            half = (0.5 * plan.biases.alpha) * scores
+            return half if bias is None else half + bias.astype(jnp.float32)
+
+        halves, d_weights = products([(q, k.T), (d_out, v.T)], half, late=False)
+        elapsed = None
+        if arrays.table is not None:
+            elapsed = Elapsed.of(
+                plgpu.load(times[0], layout=BY_ROW),
+                plgpu.load(times[1], layout=BY_COLUMN),
+                *(pair.query, pair.key, pair.shape),
+                plan.biases.buckets,
+            )
+            halves += elapsed.bias(arrays.table.at[item.head])
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(empty.at[slot])
+        d_scores = d_weights * silu_and_slope(halves)[1]
+        (d_scores,) = masked(plan.mask, pair.shape, pair.query, pair.key, d_scores)
+        if elapsed is not None:
+            elapsed.add_sums(d_scores, sums.at[warpgroup], plan.biases.buckets)
+        return total + d_scores
+
+    def work(item, exists, done):
+        bias = None
+        if arrays.tiles is not None:
+            place = jnp.maximum(item.distance, -1) + 1
+            bias = plgpu.load(arrays.tiles.at[item.head, place], layout=SCORES, optimized=False)
+        zero = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), SCORES)
+
+        def step(n, carry):
+            done, total = carry
+            pair = _pair(plan, fields, item, n)
+            slot = lax.rem(done, plan.stages)
+            turn = lax.rem(done, 2) == warpgroup
+
+            @pl.when(pair.counts)
+            def _():
+                plgpu.barrier_wait(full.at[slot])
+
+            @pl.when(pair.counts & jnp.logical_not(turn))
+            def _():
+                plgpu.barrier_arrive(empty.at[slot])
+
+            add = functools.partial(tile, item, pair, slot, bias)
+            total = lax.cond(pair.counts & turn, add, lambda total: total, total)
+            return done + pair.counts.astype(jnp.int32), total
+
+        done, total = lax.fori_loop(item.begin, item.end, step, (done, zero))
+        own = (item.head, item.number, 2 * item.part + warpgroup)
+
+        @pl.when(exists)
+        def _():
+            if by_place is not None:
+                by_place.at[own][...] = total
+            if by_bucket is not None:
+                _flush(sums.at[warpgroup], by_bucket.at[own], plan.buckets)
+
+        return done
+
+    if by_bucket is not None:
+        _clear(sums.at[warpgroup], plan.buckets)
+    _each_item(plan, counts, work, jnp.int32(0))
+
+
+def _clear(sums, buckets: int) -> None:
+    zero = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), BY_ROW)
+
+    def bucket(n, _):
+        sums.at[n][...] = zero
+
+    lax.fori_loop(0, buckets, bucket, None)
+
+
+def _flush(sums, out, buckets: int) -> None:
+    """Writes the sums and begins anew."""
+
+    def bucket(n, _):
+        out.at[n][...] = plgpu.load(sums.at[n], layout=BY_ROW)
+
+    lax.fori_loop(0, buckets, bucket, None)
+    _clear(sums, buckets)
+
+
+def _kernel(fields, counts, q, k, v, d_out, *refs, plan: _Plan):
+    biases = plan.biases
+    refs = list(refs)
+    inputs = 1 * bool(biases.tiles) + 2 * bool(biases.buckets)
+    arrays = split_biases(biases, refs[:inputs])
+    outputs = bool(biases.tiles) + bool(biases.buckets)
+    outs = iter(refs[inputs : inputs + outputs])
+    by_place = next(outs) if biases.tiles else None
+    by_bucket = next(outs) if biases.buckets else None
+    scratch = refs[inputs + outputs :]
+    sums = scratch.pop() if biases.buckets else None
+    *buffers, full, empty = scratch
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < 2)
+    def _():
+        _consume(plan, fields, counts, arrays, (by_place, by_bucket), buffers, full, empty, sums)
+
+    @pl.when(warpgroup == 2)
+    def _():
+        sources = (q, d_out, k, v)
+        _produce(plan, fields, counts, sources, arrays.times, buffers, full, empty)
+
+
+def bias_gradients(
+    q: BFloat16[Array, "R H Dqk"],
+    k: BFloat16[Array, "R H Dqk"],
+    v: BFloat16[Array, "R H Dv"],
+    d_out: BFloat16[Array, "R H Dv"],
+    packing: Packing,
+    arrays: BiasArrays,
+    biases: Biases,
+    *,
+    num_tokens: int,
+    max_len: int,
+    mask: Mask,
+    programs: int,
+) -> tuple[Float32[Array, "H max_len"] | None, Float32[Array, "H buckets"] | None]:
+    """Of rows, as the other kernels take them."""
+    _, heads, width = q.shape
+    matrices = [Buffer((TILE, n)) for n in (width, v.shape[2])]
+    distances = -(-max_len // TILE)
+    plan = _Plan(
+        heads,
+        programs,
+        mask,
+        distances,
+        parts=max(_WORKS * programs // (heads * distances), 1),
+        streamed=(
+            *(matrices[n] for n in (0, 1, 0, 1)),
+            *[Buffer((TILE,), jnp.int32)] * 2 * bool(biases.buckets),
+        ),
+        biases=biases,
+    )
+    tiles = list_tiles(packing, num_tokens, distances)
+    parts = _call(plan, tiles, q, k, v, d_out, arrays)
+    by_place, by_bucket = (None if x is None else jnp.sum(x, axis=2) for x in parts)
+    if by_place is not None:
+        by_place = by_distance(by_place, distances)[:, :max_len]
+    if by_bucket is not None:
+        unused = biases.buckets - plan.buckets
+        by_bucket = jnp.pad(jnp.sum(by_bucket, axis=(1, 3)), ((0, 0), (0, unused)))
+    return by_place, by_bucket
+
+
+def _call(plan: _Plan, tiles: Tiles, q, k, v, d_out, arrays: BiasArrays):
+    biases = plan.biases
+    leading = (plan.heads, plan.classes, 2 * plan.parts)
+    out_type, sums = [], []
+    if biases.tiles:
+        out_type.append(jax.ShapeDtypeStruct((*leading, TILE, TILE), jnp.float32))
+    if biases.buckets:
+        out_type.append(jax.ShapeDtypeStruct((*leading, plan.buckets, TILE), jnp.float32))
+        sums.append(plgpu.SMEM((2, plan.buckets, TILE), jnp.float32))
+    out = iter(
+        plgpu.kernel(
+            functools.partial(_kernel, plan=plan),
+            out_type=out_type,
+            grid=(plan.programs,),
+            grid_names=("program",),
+            num_threads=3,
+            thread_name="warpgroup",
+            scratch_types=[
+                *(buffer.memory(plan.stages, plan.line) for buffer in plan.streamed),
+                plgpu.Barrier(num_arrivals=copies(plan.streamed), num_barriers=plan.stages),
+                plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
+                *sums,
+            ],
+            compiler_params=plgpu.CompilerParams(
+                lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
+            ),
+            kernel_name="hstu_bias_gradient",
+        )(
+            *(tiles.fields, tiles.counts, q, k, v, d_out),
+            *(array for array in arrays if array is not None),
+        )
+    )
+    return next(out) if biases.tiles else None, next(out) if biases.buckets else None
+
+
+def by_distance(tiles: Float32[Array, "H C 64 64"], distances: int) -> Float32[Array, "H L"]:
+    """Sums of all pairs at each distance; those that look ahead count as distance 0."""
+    heads = tiles.shape[0]
+    back, ahead = tiles[:, :distances], tiles[:, distances:]
+    # Rows of 128 read as rows of 127 move each row one place to the right of the row before.
+    wide = jnp.pad(back[..., ::-1], ((0, 0), (0, 0), (0, 0), (0, TILE)))
+    wide = wide.reshape(heads, distances, -1)[..., : TILE * (2 * TILE - 1)]
+    diagonals = jnp.sum(wide.reshape(heads, distances, TILE, 2 * TILE - 1), axis=2)
+    before, own = diagonals[..., : TILE - 1], diagonals[..., TILE - 1 :]
+    # What lies before a tile's distance belongs to the tile before.
+    own = own.at[:, :-1, 1:].add(before[:, 1:])
+    looks_ahead = jnp.sum(before[:, 0], axis=1) + jnp.sum(ahead, axis=(1, 2, 3))
+    return own.at[:, 0, 0].add(looks_ahead).reshape(heads, -1)
