@@ -112,7 +112,7 @@ def _item(plan: _Plan, counts, n) -> _Item:
     part, number = lax.rem(rest, plan.parts), lax.div(rest, plan.parts)
     ahead = number >= plan.distances
     distance = jnp.where(ahead, plan.distances - 1 - number, number)
-    count = counts[jnp.abs(distance)]
+    count = counts[jnp.maximum(distance, -distance)]
     begin, end = (lax.div(count * place, plan.parts) for place in (part, part + 1))
     return _Item(head, number, part, distance, begin, end)
 
@@ -121,7 +121,7 @@ def _pair(plan: _Plan, fields, item: _Item, n) -> _Pair:
     first_row, position, length, history_end = (fields[n, field] for field in range(4))
     # The listed tile is the later one, whether of queries or of keys.
     ahead = item.distance < 0
-    other = position - TILE * jnp.abs(item.distance)
+    other = position - TILE * jnp.maximum(item.distance, -item.distance)
     query, key = jnp.where(ahead, other, position), jnp.where(ahead, position, other)
     shape = Shape(length, history_end)
     runs = plan.mask.key_runs(query, jnp.minimum(query + TILE, length) - 1, shape)
@@ -219,18 +219,19 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
             done, total = carry
             pair = _pair(plan, fields, item, n)
             slot = lax.rem(done, plan.stages)
-            turn = lax.rem(done, 2) == warpgroup
+            mine = pair.counts & (lax.rem(done, 2) == warpgroup)
+            others = pair.counts & (lax.rem(done, 2) != warpgroup)
 
             @pl.when(pair.counts)
             def _():
                 plgpu.barrier_wait(full.at[slot])
 
-            @pl.when(pair.counts & jnp.logical_not(turn))
+            @pl.when(others)
             def _():
                 plgpu.barrier_arrive(empty.at[slot])
 
             add = functools.partial(tile, item, pair, slot, bias)
-            total = lax.cond(pair.counts & turn, add, lambda total: total, total)
+            total = lax.cond(mine, add, lambda total: total, total)
             return done + pair.counts.astype(jnp.int32), total
 
         done, total = lax.fori_loop(item.begin, item.end, step, (done, zero))
