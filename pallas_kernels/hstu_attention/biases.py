@@ -21,7 +21,7 @@ from pallas_kernels.hstu_attention.walk import BY_COLUMN, BY_ROW, SCORES, Buffer
 
 _SQRT2 = np.uint32(0xB504F333)  # √2·2^31, rounded down
 MAX_BUCKETS = 63  # 2^31 seconds are in the last one
-_PIECE = 32  # columns whose times are looked up at once, for want of registers
+_PIECE = 16  # columns whose times are looked up at once, for want of registers
 _TABLE_MULTIPLE = 32  # entries; the copy engine takes whole lines of 128 bytes
 
 
@@ -152,7 +152,7 @@ class Biases:
                 work.shape,
                 self.buckets,
             )
-            half += elapsed.bias(resident[1])
+            half = elapsed.add_bias(half, resident[1])
         return half
 
 
@@ -188,8 +188,8 @@ class Elapsed(NamedTuple):
             piece = slice(begin, begin + _PIECE)
             yield piece, lax.abs(self.rows[:, piece] - self.columns[:, piece])
 
-    def bias(self, table):
-        """table[bucket] of each pair: of the last bucket whose edge it reaches."""
+    def add_bias(self, half, table):
+        """half + table[bucket] of each pair: of the last bucket whose edge it reaches."""
 
         def found(seconds):
             def bucket(n, bias):
@@ -199,7 +199,8 @@ class Elapsed(NamedTuple):
             bias = plgpu.layout_cast(bias, SCORES)
             return lax.fori_loop(self.first + 1, self.last + 1, bucket, bias)
 
-        return jnp.concatenate([found(seconds) for _, seconds in self.pieces()], axis=1)
+        pieces = [half[:, piece] + found(seconds) for piece, seconds in self.pieces()]
+        return jnp.concatenate(pieces, axis=1)
 
     def add_sums(self, values, sums, buckets: int) -> None:
         """Adds the sum of each row's values in bucket n to sums[n]."""

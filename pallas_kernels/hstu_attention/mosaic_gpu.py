@@ -33,26 +33,26 @@ from pallas_kernels.hstu_attention.walk import BY_ROW, SCORES, Buffer, Walk
 _PIECE = 16  # columns that are masked at once
 
 
-def products(pairs: list[tuple[Any, Any]], half: Any, *, late: bool) -> list[Any]:
-    """[half(scores), d_weights] of a tile: products of two pairs of operands, or the first alone.
+def products(pairs: list[tuple[Any, Any]], of_scores: Any, *, late: bool) -> list[Any]:
+    """[of_scores(scores), d_weights] of a tile: of two pairs of operands, or the first alone.
 
-    Both are issued together, or, `late`, one after the other: registers that the biases need are
-    then not yet those of d_weights.
+    Both products are issued together, or, `late`, one after the other: registers that the biases
+    need are then not yet those of d_weights.
     """
-    first, *second = pairs
+    scored, *second = pairs
 
     def run(scores, *d_weights):
         def issue():
             for accumulator, operands in zip(d_weights, second, strict=True):
                 plgpu.wgmma(accumulator, *operands)
 
-        plgpu.wgmma(scores, *first)
+        plgpu.wgmma(scores, *scored)
         if not late:
             issue()
-        halves = half(scores[...])
+        first = of_scores(scores[...])
         if late:
             issue()
-        return [halves, *(accumulator[...] for accumulator in d_weights)]
+        return [first, *(accumulator[...] for accumulator in d_weights)]
 
     tile = plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)
     return pl.run_scoped(run, *[tile] * len(pairs))

@@ -199,7 +199,7 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
                 *(pair.query, pair.key, pair.shape),
                 plan.biases.buckets,
             )
-            halves += elapsed.bias(arrays.table.at[item.head])
+            halves = elapsed.add_bias(halves, arrays.table.at[item.head])
         plgpu.commit_smem()
         plgpu.barrier_arrive(empty.at[slot])
         d_scores = d_weights * silu_and_slope(halves)[1]

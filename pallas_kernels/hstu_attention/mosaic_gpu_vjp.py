@@ -33,29 +33,20 @@ from pallas_kernels.hstu_attention.walk import Buffer, Walk
 _PIECE = 16  # columns
 
 
-def _d_scores(half: Any, d_weights: Any) -> tuple[Any]:
-    return (d_weights * silu_and_slope(half)[1],)
-
-
-def _d_scores_and_weights(half: Any, d_weights: Any) -> tuple[Any, Any]:
-    weights, slope = silu_and_slope(half)
-    return d_weights * slope, weights
-
-
-def _weights(half: Any) -> tuple[Any]:
-    return (silu_and_slope(half)[0],)
-
-
-def _by_pieces(function: Any, *tiles: Any) -> list[Any]:
+def _by_pieces(function: Any, half: Any) -> list[Any]:
     """Results of an elementwise function in bf16, a few columns at a time.
 
     Rounded at once: whole tiles in f32 would not fit the registers.
     """
     pieces = []
     for first in range(0, TILE, _PIECE):
-        results = function(*(tile[:, first : first + _PIECE] for tile in tiles))
+        results = function(half[:, first : first + _PIECE])
         pieces.append([result.astype(jnp.bfloat16) for result in results])
     return [jnp.concatenate(own, axis=1) for own in zip(*pieces, strict=True)]
+
+
+def _times(d_weights: Any, slope: Any) -> Any:
+    return (d_weights * slope.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases):
@@ -84,16 +75,18 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
             def tile(position, streamed, free):
                 keys, values = streamed[:2]
 
-                def half(scores):
+                def slope(scores):
                     free()
-                    return biases.half_scores(
+                    half = biases.half_scores(
                         scores, work, own, position, resident[2:], streamed[2:]
                     )
+                    slope = _by_pieces(lambda half: silu_and_slope(half)[1:], half)
+                    return masked(walk.mask, work.shape, own.position, position, *slope)
 
                 pairs = [(queries, keys.T), (d_outs, values.T)]
-                results = products(pairs, half, late=biases.tiles + biases.buckets > 0)
-                values = _by_pieces(_d_scores, *results)
-                (own_weights[...],) = masked(walk.mask, work.shape, own.position, position, *values)
+                late = biases.tiles + biases.buckets > 0
+                (slope_,), d_weights = products(pairs, slope, late=late)
+                own_weights[...] = _times(d_weights, slope_)
                 plgpu.commit_smem()
                 plgpu.wgmma(accumulator, own_weights, keys)
 
@@ -113,7 +106,11 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
     arrays, out = refs[: -len(wanted)], refs[-len(wanted) :]
     arrays = split_biases(biases, arrays)
     with_keys, with_values = "k" in wanted, "v" in wanted
-    function = _weights if not with_keys else _d_scores_and_weights if with_values else _d_scores
+
+    def function(half):
+        silu, slope = silu_and_slope(half)
+        return [slope] * with_keys + [silu] * with_values
+
     kept = 1 + with_keys  # residents: keys, and values where they are needed
 
     def load_resident(work, copy):
@@ -136,18 +133,20 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
             def tile(position, streamed, free):
                 queries, d_outs = streamed[:2]
 
-                def half(scores):
+                def weigh(scores):
                     free()
-                    return biases.half_scores(
+                    half = biases.half_scores(
                         scores, work, own, position, resident[kept:], streamed[2:]
                     )
+                    values = _by_pieces(function, half)
+                    mask, shape = walk.mask, work.shape
+                    return masked(mask, shape, own.position, position, *values, by_keys=True)
 
                 pairs = list(zip(own_rows, (queries.T, d_outs.T), strict=False))
-                results = products(pairs, half, late=biases.tiles + biases.buckets > 0)
-                values = _by_pieces(function, *results)
-                values = masked(
-                    walk.mask, work.shape, own.position, position, *values, by_keys=True
-                )
+                late = biases.tiles + biases.buckets > 0
+                (*values,), *d_weights = products(pairs, weigh, late=late)
+                if with_keys:
+                    values[0] = _times(d_weights[0], values[0])
                 for n, value in enumerate(values):
                     weights.at[own.warpgroup, n][...] = value
                 plgpu.commit_smem()
