@@ -132,7 +132,7 @@ def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
     def compute(work, own, resident, loop, finished):
         queries, own_weights = resident[0].at[own.rows], weights.at[own.warpgroup, 0]
 
-        def products(accumulator):
+        def sums(accumulator):
             def tile(position, streamed, free):
                 keys, values = streamed[:2]
 
@@ -152,7 +152,7 @@ def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
             loop(tile)
             return accumulator[...]
 
-        total = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((TILE, width), jnp.float32))
+        total = pl.run_scoped(sums, plgpu.WGMMAAccumulatorRef((TILE, width), jnp.float32))
         finished()
         walking.store_rows(total, staging, out, work, own, walk.line)
 
