@@ -83,11 +83,10 @@ class _Plan:
 
 
 class _Item(NamedTuple):
-    """A work: a head, a class of distances, which part of it, and its tiles, begin … end."""
+    """A work: its number, its head, its distance of tiles, and the later ones, begin … end."""
 
-    head: Any
     number: Any
-    part: Any
+    head: Any
     distance: Any
     begin: Any
     end: Any
@@ -109,12 +108,11 @@ class _Pair(NamedTuple):
 
 def _item(plan: _Plan, counts, n) -> _Item:
     head, rest = lax.rem(n, plan.heads), lax.div(n, plan.heads)
-    part, number = lax.rem(rest, plan.parts), lax.div(rest, plan.parts)
-    ahead = number >= plan.distances
-    distance = jnp.where(ahead, plan.distances - 1 - number, number)
+    part, distance = lax.rem(rest, plan.parts), lax.div(rest, plan.parts)
+    distance = jnp.where(distance >= plan.distances, plan.distances - 1 - distance, distance)
     count = counts[jnp.maximum(distance, -distance)]
     begin, end = (lax.div(count * place, plan.parts) for place in (part, part + 1))
-    return _Item(head, number, part, distance, begin, end)
+    return _Item(n, head, distance, begin, end)
 
 
 def _pair(plan: _Plan, fields, item: _Item, n) -> _Pair:
@@ -235,7 +233,7 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
             return done + pair.counts.astype(jnp.int32), total
 
         done, total = lax.fori_loop(item.begin, item.end, step, (done, zero))
-        own = (item.head, item.number, 2 * item.part + warpgroup)
+        own = (item.number, warpgroup)
 
         @pl.when(exists)
         def _():
@@ -326,7 +324,13 @@ def bias_gradients(
     )
     tiles = list_tiles(packing, num_tokens, distances)
     parts = _call(plan, tiles, q, k, v, d_out, arrays)
-    by_place, by_bucket = (None if x is None else jnp.sum(x, axis=2) for x in parts)
+    leading = (plan.classes, plan.parts, heads, 2)
+    by_place, by_bucket = (
+        None
+        if x is None
+        else jnp.sum(x.reshape(*leading, *x.shape[2:]), axis=(1, 3)).swapaxes(0, 1)
+        for x in parts
+    )
     if by_place is not None:
         by_place = by_distance(by_place, distances)[:, :max_len]
     if by_bucket is not None:
@@ -337,7 +341,7 @@ def bias_gradients(
 
 def _call(plan: _Plan, tiles: Tiles, q, k, v, d_out, arrays: BiasArrays):
     biases = plan.biases
-    leading = (plan.heads, plan.classes, 2 * plan.parts)
+    leading = (plan.items, 2)
     out_type, sums = [], []
     if biases.tiles:
         out_type.append(jax.ShapeDtypeStruct((*leading, TILE, TILE), jnp.float32))

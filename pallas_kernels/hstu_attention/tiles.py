@@ -88,10 +88,11 @@ class Mask(NamedTuple):
             contextual = query < self.contextual_len
             begin = None if begin is None else jnp.where(contextual, 0, begin)
             end = jnp.where(contextual, shape.history_end, end)
-        valid = keys.below(end)
+        exists = query < shape.length
+        valid = keys.below(jnp.where(exists, end, 0))
         if begin is not None:
             valid &= keys.from_(begin)
-        return valid | keys.at(query)
+        return valid | keys.at(jnp.where(exists, query, -1))
 
     def attending(self, key, queries: "Columns", shape: Shape):
         """`attends`, for a key in each row: a run of queries, those at the end, and the key."""

@@ -21,7 +21,7 @@ from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, WORK, Mask, 
 _SHARED_BYTES = 224 * 1024  # of 227 KiB; barriers and reductions take the rest
 _SHARED_MULTIPLE = 1024  # where the compiler lets a buffer start
 _MAX_STAGES = 4
-PRODUCER_REGISTERS, COMPUTE_REGISTERS = 24, 240
+PRODUCER_REGISTERS, COMPUTE_REGISTERS = 40, 232
 SCORES = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = SCORES.reduce(1), SCORES.reduce(0)
 
@@ -189,9 +189,10 @@ def run(
       buffers: what `call` gives the kernel for this.
       load_resident: (work, copy) calls copy(source, n, *block) for each block of resident n.
       load_tile: (work, position of the tile, copy), for the streamed ones.
-      compute: (work, own, resident, steps); steps(body) runs body(position of the tile, streamed)
-        for each tile that this warpgroup needs; the body must end with products issued but not
-        waited for, and begin with a wait for them.
+      compute: (work, own, resident, steps, finished); steps(body) runs body(position of the tile,
+        streamed, free) for each tile that this warpgroup needs; the body must end with products
+        issued but not waited for, and begin with a wait for them, after which it calls free.
+        finished() comes when all products are done.
     """
     fields, used = works
     resident, streamed, (kept_full, kept_empty, full, empty) = buffers

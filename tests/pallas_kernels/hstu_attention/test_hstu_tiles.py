@@ -54,9 +54,11 @@ def test_runs_cover_what_attends(length, targets, mask):
         min_full_attn_len=mask.min_full_attn_len,
     )
     np.testing.assert_array_equal(attends, wanted)
-    columns, row = _Columns(np.arange(length)), np.arange(length)[:, None]
-    np.testing.assert_array_equal(mask.attended(row, columns, shape), wanted)
-    np.testing.assert_array_equal(mask.attending(row, columns, shape), wanted.T)
+    behind = length + 3  # rows and columns of a tile that the sequence does not fill
+    columns, row = _Columns(np.arange(behind)), np.arange(behind)[:, None]
+    padded = np.pad(wanted, (0, 3))
+    np.testing.assert_array_equal(mask.attended(row, columns, shape), padded)
+    np.testing.assert_array_equal(mask.attending(row, columns, shape), padded.T)
     for runs, pairs in ((mask.key_runs, attends), (mask.query_runs, attends.T)):
         check_runs(runs, pairs, shape)
 
