@@ -6,7 +6,7 @@ for scalars in a kernel and for arrays around it alike.
 """
 
 from collections.abc import Sequence as Many
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
@@ -27,6 +27,7 @@ class Shape(NamedTuple):
     history_end: Any
 
 
+@runtime_checkable
 class Columns(Protocol):
     """Positions along the rows of a tile, compared with one bound for each row or for all."""
 
