@@ -280,16 +280,15 @@ def _kernel(fields, counts, q, k, v, d_out, *refs, plan: _Plan):
     scratch = refs[inputs + outputs :]
     sums = scratch.pop() if biases.buckets else None
     *buffers, full, empty = scratch
-    warpgroup = lax.axis_index("warpgroup")
 
-    @pl.when(warpgroup < 2)
-    def _():
+    def consume():
         _consume(plan, fields, counts, arrays, (by_place, by_bucket), buffers, full, empty, sums)
 
-    @pl.when(warpgroup == 2)
-    def _():
+    def produce():
         sources = (q, d_out, k, v)
         _produce(plan, fields, counts, sources, arrays.times, buffers, full, empty)
+
+    lax.cond(lax.axis_index("warpgroup") < 2, consume, produce)
 
 
 def bias_gradients(

@@ -21,7 +21,7 @@ from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, WORK, Mask, 
 _SHARED_BYTES = 224 * 1024  # of 227 KiB; barriers and reductions take the rest
 _SHARED_MULTIPLE = 1024  # where the compiler lets a buffer start
 _MAX_STAGES = 4
-PRODUCER_REGISTERS, COMPUTE_REGISTERS = 40, 232
+PRODUCER_REGISTERS, COMPUTE_REGISTERS = 24, 240
 SCORES = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = SCORES.reduce(1), SCORES.reduce(0)
 
@@ -315,8 +315,7 @@ def run(
         each_work(one)
         plgpu.wait_smem_to_gmem(0)
 
-    pl.when(warpgroup < 2)(consume)
-    pl.when(warpgroup == 2)(produce)
+    lax.cond(warpgroup < 2, consume, produce)
 
 
 def copies(buffers: Sequence[Buffer]) -> int:
