@@ -112,6 +112,9 @@ def cached_ref(
     """The definition of correct, in f32 and without the scale; `shape` is i32[B] each."""
     batch, new, heads, _ = q.shape
     capacity = k.shape[1]
+    total = jnp.zeros((batch, new, heads, v.shape[3]), jnp.float32)
+    if not capacity:
+        return total
     block = min(_KEYS, capacity)
     query = shape.length[:, None] - new + jnp.arange(new, dtype=jnp.int32)
     shape = Shape(*(x[:, None, None] for x in shape))
@@ -137,8 +140,7 @@ def cached_ref(
             "bhns,bshd->bnhd", weights, values, preferred_element_type=jnp.float32
         )
 
-    total = jnp.zeros((batch, new, heads, v.shape[3]), jnp.float32)
-    return lax.fori_loop(0, -(-capacity // block) if block else 0, step, total)
+    return lax.fori_loop(0, -(-capacity // block), step, total)
 
 
 def query_times(timestamps: Array | None, query: Array) -> Any:
