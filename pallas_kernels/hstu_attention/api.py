@@ -92,7 +92,7 @@ def hstu_attention(
     if chosen == "mosaic_gpu" and q.shape[0] and seq_offsets.shape[0] > 1:
         how = _How(max_len, alpha, mask, config or HstuConfig())
         lists = _Lists(seq_offsets, num_targets, timestamps)
-        unscaled = _attend(q, k, v, position_bias, time_bias, lists, how)
+        unscaled: Any = _attend(q, k, v, position_bias, time_bias, lists, how)
         return (unscaled.astype(jnp.float32) * scale).astype(v.dtype)
     return hstu_attention_ref(
         q,

@@ -231,7 +231,7 @@ def forward(
     arrays = bias_arrays(position_bias, times, time_bias)
     buckets = 0 if time_bias is None else time_bias.shape[1]
     biases = Biases.of(arrays, alpha, buckets)
-    rows = [to_rows(x, packing) for x in (q, k, v)]
+    q, k, v = (to_rows(x, packing) for x in (q, k, v))
     works = list_works(packing, mask, num_tokens)
-    out = attend(*rows, works, arrays, biases, mask=mask, config=config)
+    out = attend(q, k, v, works, arrays, biases, mask=mask, config=config)
     return from_rows(out, packing)

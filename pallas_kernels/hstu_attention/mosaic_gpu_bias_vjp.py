@@ -210,7 +210,8 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
         bias = None
         if arrays.tiles is not None:
             place = jnp.maximum(item.distance, -1) + 1
-            bias = plgpu.load(arrays.tiles.at[item.head, place], layout=SCORES, optimized=False)
+            tiles: Any = arrays.tiles
+            bias = plgpu.load(tiles.at[item.head, place], layout=SCORES, optimized=False)
         zero = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), SCORES)
 
         def step(n, carry):

@@ -43,7 +43,8 @@ def forward(
     buckets = 0 if time_bias is None else time_bias.shape[1]
     out = mosaic_gpu.attend(
         _query_rows(q, number),
-        *(x.reshape(batch * capacity, *x.shape[2:]) for x in (k, v)),
+        k.reshape(batch * capacity, *k.shape[2:]),
+        v.reshape(batch * capacity, *v.shape[2:]),
         _works(shape, first, stride, capacity, mask),
         arrays,
         Biases.of(arrays, alpha, buckets),

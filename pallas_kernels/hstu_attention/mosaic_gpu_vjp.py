@@ -250,10 +250,13 @@ def backward(
         )
     arrays = bias_arrays(position_bias, times, time_bias)
     biases = Biases.of(arrays, alpha, buckets)
-    d_biases = None, None
+    d_position = d_time = None
     if biases.tiles or biases.buckets:
-        d_biases = bias_gradients(
-            *rows,
+        d_position, d_time = bias_gradients(
+            rows[0],
+            rows[1],
+            rows[2],
+            rows[3],
             packing,
             arrays,
             biases,
@@ -262,4 +265,4 @@ def backward(
             mask=mask,
             programs=config.programs,
         )
-    return dq, dk, dv, *d_biases
+    return dq, dk, dv, d_position, d_time

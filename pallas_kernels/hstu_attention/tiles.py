@@ -196,7 +196,7 @@ class Runs(NamedTuple):
         return cls(tuple(begins), tuple(ends))
 
     @property
-    def count(self):
+    def count(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Tiles of all runs together."""
         return sum(end - begin for begin, end in zip(self.begins, self.ends, strict=True))
 

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,10 @@ def split(sequences, times, begins, ends, width):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
 def test_history_in_parts_equals_the_whole(config):
-    graphdef, state = nnx.split(build(config))
-    extend = jax.jit(lambda cache, *new: nnx.merge(graphdef, state).extend(cache, *new))
-    model = nnx.merge(graphdef, state)
+    model: Any = build(config)
+    graphdef, state = nnx.split(model)
+    merged: Any = lambda: nnx.merge(graphdef, state)  # noqa: E731
+    extend = jax.jit(lambda cache, *new: merged().extend(cache, *new))
     batch = pack(SEQUENCES, num_tokens=32, num_sequences=3)
     offsets = np.asarray(batch.seq_offsets)
     times = [batch.timestamps[a:b] for a, b in itertools.pairwise(offsets)]
@@ -50,7 +52,7 @@ def test_history_in_parts_equals_the_whole(config):
 
 
 def test_too_long_and_misplaced_sequences_are_nan_from_then_on():
-    model = build(replace(CONFIGS["hstu-time0-absoluteFalse"], max_len=4))
+    model: Any = build(replace(CONFIGS["hstu-time0-absoluteFalse"], max_len=4))
     items = jnp.asarray([[1, 2, 3], [1, 0, 2], [0, 0, 3]])
     hidden, cache = model.extend(model.empty_cache(3), items)
     np.testing.assert_array_equal(np.isnan(hidden).any((1, 2)), [False, True, False])
@@ -60,6 +62,6 @@ def test_too_long_and_misplaced_sequences_are_nan_from_then_on():
 
 
 def test_a_time_bias_needs_timestamps():
-    model = build(CONFIGS["hstu-time7-absoluteTrue"])
+    model: Any = build(CONFIGS["hstu-time7-absoluteTrue"])
     with pytest.raises(ValueError, match="give the new tokens' timestamps"):
         model.extend(model.empty_cache(1), jnp.asarray([[1]]))
