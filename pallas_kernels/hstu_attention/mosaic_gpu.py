@@ -129,12 +129,12 @@ def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
         copy(v.at[rows, work.head], 1)
         biases.load_tile(arrays, work, position, copy, 2)
 
-    def compute(work, own, resident, loop, finished):
-        queries, own_weights = resident[0].at[own.rows], weights.at[own.warpgroup, 0]
+    def compute(work, own, loop, finished):
+        own_weights = weights.at[own.warpgroup, 0]
 
         def sums(accumulator):
-            def tile(position, streamed, free):
-                keys, values = streamed[:2]
+            def tile(position, resident, streamed, free):
+                queries, (keys, values) = resident[0].at[own.rows], streamed[:2]
 
                 def half(scores):
                     free()

@@ -31,6 +31,7 @@ from pallas_kernels.hstu_attention.walk import (
     copies,
     most_stages,
     row_multiple,
+    unknown_zero,
 )
 
 _WORKS = 4  # for each program, at least
@@ -180,9 +181,9 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
     warpgroup = lax.axis_index("warpgroup")
     by_place, by_bucket = outs
 
-    def tile(item, pair, slot, bias, total):
+    def tile(item, pair, slot, zero, bias, total):
         """Adds a pair of tiles to the sums."""
-        q, d_out, k, v, *times = (buffer.at[slot] for buffer in buffers)
+        q, d_out, k, v, *times = (buffer.at[slot + zero] for buffer in buffers)
 
         def half(scores):
             half = (0.5 * plan.biases.alpha) * scores
@@ -229,7 +230,7 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
             def _():
                 plgpu.barrier_arrive(empty.at[slot])
 
-            add = functools.partial(tile, item, pair, slot, bias)
+            add = functools.partial(tile, item, pair, slot, unknown_zero(done), bias)
             total = lax.cond(mine, add, lambda total: total, total)
             return done + pair.counts.astype(jnp.int32), total
 

@@ -69,12 +69,12 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
         copy(v.at[rows, work.head], 1)
         biases.load_tile(arrays, work, position, copy, 2)
 
-    def compute(work, own, resident, loop, finished):
-        queries, d_outs = (block.at[own.rows] for block in resident[:2])
+    def compute(work, own, loop, finished):
         own_weights = weights.at[own.warpgroup, 0]
 
         def sums(accumulator):
-            def tile(position, streamed, free):
+            def tile(position, resident, streamed, free):
+                queries, d_outs = (block.at[own.rows] for block in resident[:2])
                 keys, values = streamed[:2]
 
                 def slope(scores):
@@ -128,11 +128,10 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
         copy(d_out.at[rows, work.head], 1)
         biases.load_tile(arrays, work, position, copy, 2)
 
-    def compute(work, own, resident, loop, finished):
-        own_rows = [block.at[own.rows] for block in resident[:kept]]
-
+    def compute(work, own, loop, finished):
         def sums(*accumulators):
-            def tile(position, streamed, free):
+            def tile(position, resident, streamed, free):
+                own_rows = [block.at[own.rows] for block in resident[:kept]]
                 queries, d_outs = streamed[:2]
 
                 def weigh(scores):

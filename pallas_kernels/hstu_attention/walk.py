@@ -21,7 +21,7 @@ from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, WORK, Mask, 
 _SHARED_BYTES = 224 * 1024  # of 227 KiB; barriers and reductions take the rest
 _SHARED_MULTIPLE = 1024  # where the compiler lets a buffer start
 _MAX_STAGES = 4
-PRODUCER_REGISTERS, COMPUTE_REGISTERS = 24, 240
+PRODUCER_REGISTERS, COMPUTE_REGISTERS = 40, 232
 SCORES = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = SCORES.reduce(1), SCORES.reduce(0)
 
@@ -189,7 +189,7 @@ def run(
       buffers: what `call` gives the kernel for this.
       load_resident: (work, copy) calls copy(source, n, *block) for each block of resident n.
       load_tile: (work, position of the tile, copy), for the streamed ones.
-      compute: (work, own, resident, steps, finished); steps(body) runs body(position of the tile,
+      compute: (work, own, steps, finished); steps(body) runs body(position of the tile, resident,
         streamed, free) for each tile that this warpgroup needs; the body must end with products
         issued but not waited for, and begin with a wait for them, after which it calls free.
         finished() comes when all products are done.
@@ -287,11 +287,13 @@ def run(
 
             def loop(body):
                 def stage(step, _):
-                    slot = lax.rem(done + step, walk.stages)
-                    plgpu.barrier_wait(full.at[slot])
-                    blocks = [buffer.at[slot] for buffer in streamed]
+                    stage_slot = lax.rem(done + step, walk.stages)
+                    plgpu.barrier_wait(full.at[stage_slot])
+                    zero = unknown_zero(done + step)
+                    kept = [buffer.at[slot + zero] for buffer in resident]
+                    blocks = [buffer.at[stage_slot + zero] for buffer in streamed]
                     free = lambda: pl.when(step > first)(lambda: release(step - 1))  # noqa: E731
-                    body(work.runs.tile(step) * TILE, blocks, free)
+                    body(work.runs.tile(step) * TILE, kept, blocks, free)
 
                 lax.fori_loop(first, end, stage, None)
 
@@ -308,7 +310,7 @@ def run(
                 # Results of the work before leave through memory that this one writes.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_wait(kept_full.at[slot])
-                compute(work, own, [buffer.at[slot] for buffer in resident], loop, finished)
+                compute(work, own, loop, finished)
 
             return done + steps
 
@@ -316,6 +318,16 @@ def run(
         plgpu.wait_smem_to_gmem(0)
 
     lax.cond(warpgroup < 2, consume, produce)
+
+
+def unknown_zero(count: Any) -> Any:
+    """Zero for any count, which the compiler cannot know.
+
+    Addresses of operands that depend on it are computed in each step. Those that do not are kept in
+    registers all along, two for each 16 columns of each operand: with wide heads, more than there
+    are.
+    """
+    return lax.shift_right_arithmetic(count, jnp.int32(31))
 
 
 def copies(buffers: Sequence[Buffer]) -> int:
