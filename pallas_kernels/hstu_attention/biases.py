@@ -135,14 +135,13 @@ class Biases:
             assert refs.times is not None
             copy(refs.times.at[pl.ds(work.tile_row(position), TILE)], first)
 
-    def half_scores(
-        self, products: Any, work: Work, own: Own, position: Any, resident: Any, streamed: Any
-    ) -> Any:
-        """(α·products + biases) / 2 of a tile."""
-        half = (0.5 * self.alpha) * products
-        if self.tiles:
-            tile = plgpu.load(streamed[0].at[own.warpgroup], layout=SCORES)
-            half += tile.astype(jnp.float32)
+    def of_tile(self, work: Work, own: Own, position: Any, resident: Any, streamed: Any) -> Any:
+        """Half of the biases of a tile, None without any.
+
+        Wanted before the products are issued: what it takes to look times up is then done with when
+        their results come into the registers.
+        """
+        half = None
         if self.buckets:
             elapsed = Elapsed.of(
                 plgpu.load(resident[0].at[own.rows], layout=BY_ROW),
@@ -152,8 +151,16 @@ class Biases:
                 work.shape,
                 self.buckets,
             )
-            half = elapsed.add_bias(half, resident[1])
+            half = elapsed.half_bias(resident[1])
+        if self.tiles:
+            tile = plgpu.load(streamed[0].at[own.warpgroup], layout=SCORES).astype(jnp.float32)
+            half = tile if half is None else half + tile
         return half
+
+    def half_scores(self, products: Any, half_biases: Any) -> Any:
+        """(α·products + biases) / 2 of a tile, with what `of_tile` gave."""
+        half = (0.5 * self.alpha) * products
+        return half if half_biases is None else half + half_biases
 
 
 class Elapsed(NamedTuple):
@@ -188,8 +195,8 @@ class Elapsed(NamedTuple):
             piece = slice(begin, begin + _PIECE)
             yield piece, lax.abs(self.rows[:, piece] - self.columns[:, piece])
 
-    def add_bias(self, half, table):
-        """half + table[bucket] of each pair: of the last bucket whose edge it reaches."""
+    def half_bias(self, table):
+        """table[bucket] of each pair: of the last bucket whose edge it reaches."""
 
         def found(seconds):
             def bucket(n, bias):
@@ -199,8 +206,7 @@ class Elapsed(NamedTuple):
             bias = plgpu.layout_cast(bias, SCORES)
             return lax.fori_loop(self.first + 1, self.last + 1, bucket, bias)
 
-        pieces = [half[:, piece] + found(seconds) for piece, seconds in self.pieces()]
-        return jnp.concatenate(pieces, axis=1)
+        return jnp.concatenate([found(seconds) for _, seconds in self.pieces()], axis=1)
 
     def add_sums(self, values, sums, buckets: int) -> None:
         """Adds the sum of each row's values in bucket n to sums[n]."""

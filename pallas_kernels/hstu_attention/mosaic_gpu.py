@@ -136,11 +136,11 @@ def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
             def tile(position, resident, streamed, free):
                 queries, (keys, values) = resident[0].at[own.rows], streamed[:2]
 
+                half_biases = biases.of_tile(work, own, position, resident[1:], streamed[2:])
+
                 def half(scores):
                     free()
-                    return biases.half_scores(
-                        scores, work, own, position, resident[1:], streamed[2:]
-                    )
+                    return biases.half_scores(scores, half_biases)
 
                 (halves,) = products([(queries, keys.T)], half, late=False)
                 silu = halves + halves * jnp.tanh(halves)

@@ -185,12 +185,7 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
         """Adds a pair of tiles to the sums."""
         q, d_out, k, v, *times = (buffer.at[slot + zero] for buffer in buffers)
 
-        def half(scores):
-            half = (0.5 * plan.biases.alpha) * scores
-            return half if bias is None else half + bias.astype(jnp.float32)
-
-        halves, d_weights = products([(q, k.T), (d_out, v.T)], half, late=False)
-        elapsed = None
+        elapsed = half_biases = None
         if arrays.table is not None:
             elapsed = Elapsed.of(
                 plgpu.load(times[0], layout=BY_ROW),
@@ -198,7 +193,15 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
                 *(pair.query, pair.key, pair.shape),
                 plan.biases.buckets,
             )
-            halves = elapsed.add_bias(halves, arrays.table.at[item.head])
+            half_biases = elapsed.half_bias(arrays.table.at[item.head])
+        if bias is not None:
+            wide = bias.astype(jnp.float32)
+            half_biases = wide if half_biases is None else half_biases + wide
+
+        def half(scores):
+            return plan.biases.half_scores(scores, half_biases)
+
+        halves, d_weights = products([(q, k.T), (d_out, v.T)], half, late=False)
         plgpu.commit_smem()
         plgpu.barrier_arrive(empty.at[slot])
         d_scores = d_weights * silu_and_slope(halves)[1]

@@ -77,11 +77,11 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
                 queries, d_outs = (block.at[own.rows] for block in resident[:2])
                 keys, values = streamed[:2]
 
+                half_biases = biases.of_tile(work, own, position, resident[2:], streamed[2:])
+
                 def slope(scores):
                     free()
-                    half = biases.half_scores(
-                        scores, work, own, position, resident[2:], streamed[2:]
-                    )
+                    half = biases.half_scores(scores, half_biases)
                     slope = _by_pieces(lambda half: silu_and_slope(half)[1:], half)
                     return masked(walk.mask, work.shape, own.position, position, *slope)
 
@@ -134,11 +134,11 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
                 own_rows = [block.at[own.rows] for block in resident[:kept]]
                 queries, d_outs = streamed[:2]
 
+                half_biases = biases.of_tile(work, own, position, resident[kept:], streamed[2:])
+
                 def weigh(scores):
                     free()
-                    half = biases.half_scores(
-                        scores, work, own, position, resident[kept:], streamed[2:]
-                    )
+                    half = biases.half_scores(scores, half_biases)
                     values = _by_pieces(function, half)
                     mask, shape = walk.mask, work.shape
                     return masked(mask, shape, own.position, position, *values, by_keys=True)
