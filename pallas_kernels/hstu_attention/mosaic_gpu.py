@@ -194,6 +194,7 @@ def attend(
         resident=(Buffer((WORK, width)), *biases.resident),
         streamed=(Buffer((TILE, width)), Buffer((TILE, v_width)), *biases.streamed),
         weights=1,
+        sums=v_width,
         cached=cached,
     )
     return walking.call(

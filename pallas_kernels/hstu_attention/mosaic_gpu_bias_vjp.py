@@ -23,14 +23,13 @@ from pallas_kernels.hstu_attention.tiles import TILE, Mask, Packing, Shape, Tile
 from pallas_kernels.hstu_attention.walk import (
     BY_COLUMN,
     BY_ROW,
-    COMPUTE_REGISTERS,
-    PRODUCER_REGISTERS,
     SCORES,
     Buffer,
     copier,
     copies,
     most_stages,
     row_multiple,
+    share_registers,
     unknown_zero,
 )
 
@@ -142,8 +141,6 @@ def _each_item(plan: _Plan, counts, body, done):
 
 
 def _produce(plan: _Plan, fields, counts, sources, times, buffers, full, empty) -> None:
-    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-
     def fill(item, _, done):
         def load(n, done):
             pair = _pair(plan, fields, item, n)
@@ -177,7 +174,6 @@ def _produce(plan: _Plan, fields, counts, sources, times, buffers, full, empty) 
 
 
 def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, full, empty, sums):
-    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
     warpgroup = lax.axis_index("warpgroup")
     by_place, by_bucket = outs
 
@@ -198,13 +194,14 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
             wide = bias.astype(jnp.float32)
             half_biases = wide if half_biases is None else half_biases + wide
 
-        def half(scores):
-            return plan.biases.half_scores(scores, half_biases)
+        def slope(scores):
+            return silu_and_slope(plan.biases.half_scores(scores, half_biases))[1]
 
-        halves, d_weights = products([(q, k.T), (d_out, v.T)], half, late=False)
+        late = elapsed is not None
+        slope_, d_weights = products([(q, k.T), (d_out, v.T)], slope, late=late)
         plgpu.commit_smem()
         plgpu.barrier_arrive(empty.at[slot])
-        d_scores = d_weights * silu_and_slope(halves)[1]
+        d_scores = d_weights * slope_
         (d_scores,) = masked(plan.mask, pair.shape, pair.query, pair.key, d_scores)
         if elapsed is not None:
             elapsed.add_sums(d_scores, sums.at[warpgroup], plan.biases.buckets)
@@ -293,7 +290,7 @@ def _kernel(fields, counts, q, k, v, d_out, *refs, plan: _Plan):
         sources = (q, d_out, k, v)
         _produce(plan, fields, counts, sources, arrays.times, buffers, full, empty)
 
-    lax.cond(lax.axis_index("warpgroup") < 2, consume, produce)
+    share_registers(produce, consume, wide=True)
 
 
 def bias_gradients(

@@ -86,8 +86,7 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
                     return masked(walk.mask, work.shape, own.position, position, *slope)
 
                 pairs = [(queries, keys.T), (d_outs, values.T)]
-                late = biases.tiles + biases.buckets > 0
-                (slope_,), d_weights = products(pairs, slope, late=late)
+                (slope_,), d_weights = products(pairs, slope, late=walk.is_wide)
                 own_weights[...] = _times(d_weights, slope_)
                 plgpu.commit_smem()
                 plgpu.wgmma(accumulator, own_weights, keys)
@@ -144,8 +143,7 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
                     return masked(mask, shape, own.position, position, *values, by_keys=True)
 
                 pairs = list(zip(own_rows, (queries.T, d_outs.T), strict=False))
-                late = biases.tiles + biases.buckets > 0
-                (*values,), *d_weights = products(pairs, weigh, late=late)
+                (*values,), *d_weights = products(pairs, weigh, late=walk.is_wide)
                 if with_keys:
                     values[0] = _times(d_weights[0], values[0])
                 for n, value in enumerate(values):
@@ -215,6 +213,7 @@ def backward(
             resident=(*(Buffer((WORK, n)) for n in resident), *biases.resident),
             streamed=(Buffer((TILE, width)), Buffer((TILE, v_width)), *biases.streamed),
             weights=weights,
+            sums=sum(widths),
         )
         works = list_works(packing, mask, num_tokens, by_keys=by_keys)
         out = walking.call(

@@ -21,7 +21,7 @@ from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, WORK, Mask, 
 _SHARED_BYTES = 224 * 1024  # of 227 KiB; barriers and reductions take the rest
 _SHARED_MULTIPLE = 1024  # where the compiler lets a buffer start
 _MAX_STAGES = 4
-PRODUCER_REGISTERS, COMPUTE_REGISTERS = 40, 232
+_WIDE = 128  # columns of sums, from which on registers are short
 SCORES = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = SCORES.reduce(1), SCORES.reduce(0)
 
@@ -71,6 +71,7 @@ class Walk:
       resident: blocks that a work keeps.
       streamed: blocks of a stage of the ring.
       weights: matrices [64, 64] that a warpgroup hands to the tensor cores through shared memory.
+      sums: columns that a warpgroup sums up in registers.
       cached: what works meet stands in rows of its own; a fifth field tells where they start.
     """
 
@@ -82,6 +83,7 @@ class Walk:
     resident: tuple[Buffer, ...]
     streamed: tuple[Buffer, ...]
     weights: int
+    sums: int
     cached: bool = False
 
     @property
@@ -89,6 +91,11 @@ class Walk:
         """Columns of a line of shared memory, of which all operands of a product have the same."""
         matrices = [buffer.shape for buffer in self.resident + self.streamed if buffer.shape[1:]]
         return min(64 if shape[-1] % 64 == 0 else 32 for shape in matrices)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the sums leave few registers for anything else."""
+        return self.sums > _WIDE
 
     @property
     def has_staging(self) -> bool:
@@ -116,6 +123,23 @@ class Walk:
     def slots(self) -> int:
         """Works whose residents fit: two where there is room, so that the next arrive early."""
         return 2 if self._shared_bytes(2, self.stages) <= _SHARED_BYTES else 1
+
+
+def share_registers(
+    produce: Callable[[], None], compute: Callable[[], None], *, wide: bool
+) -> None:
+    """Runs both roles, each with registers that the other does not need: 504 in three shares."""
+    producer_registers, compute_registers = (24, 240) if wide else (40, 232)
+
+    def with_few():
+        plgpu.set_max_registers(producer_registers, action="decrease")
+        produce()
+
+    def with_many():
+        plgpu.set_max_registers(compute_registers, action="increase")
+        compute()
+
+    lax.cond(lax.axis_index("warpgroup") < 2, with_many, with_few)
 
 
 def row_multiple(row: Any) -> Any:
@@ -197,6 +221,8 @@ def run(
     fields, used = works
     resident, streamed, (kept_full, kept_empty, full, empty) = buffers
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    # A tile goes when the next one is there: with room for one, it must go before.
+    has_ring = walk.stages > 1
 
     def get(item):
         index, head = lax.div(item, walk.heads), lax.rem(item, walk.heads)
@@ -223,8 +249,6 @@ def run(
         return lax.fori_loop(0, rounds, turn, jnp.int32(0))
 
     def produce():
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-
         def fill(n, work, steps, exists, done):
             slot = lax.rem(n, walk.slots)
 
@@ -268,8 +292,6 @@ def run(
         lax.fori_loop(jnp.maximum(turns - walk.slots, 0), turns, drain_kept, None)
 
     def consume():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-
         def one(n, work, steps, exists, done):
             slot = lax.rem(n, walk.slots)
             begin = warpgroup * TILE
@@ -292,15 +314,23 @@ def run(
                     zero = unknown_zero(done + step)
                     kept = [buffer.at[slot + zero] for buffer in resident]
                     blocks = [buffer.at[stage_slot + zero] for buffer in streamed]
-                    free = lambda: pl.when(step > first)(lambda: release(step - 1))  # noqa: E731
+
+                    def free():
+                        if has_ring:
+                            pl.when(step > first)(lambda: release(step - 1))
+
                     body(work.runs.tile(step) * TILE, kept, blocks, free)
+                    if not has_ring:
+                        plgpu.wgmma_wait(0)
+                        release(step)
 
                 lax.fori_loop(first, end, stage, None)
 
             def finished():
                 """The products are done: the last tile and the residents may go."""
                 plgpu.commit_smem()
-                pl.when(end > first)(lambda: release(end - 1))
+                if has_ring:
+                    pl.when(end > first)(lambda: release(end - 1))
                 lax.fori_loop(end, steps, skip, None)
                 plgpu.barrier_arrive(kept_empty.at[slot])
 
@@ -317,7 +347,7 @@ def run(
         each_work(one)
         plgpu.wait_smem_to_gmem(0)
 
-    lax.cond(warpgroup < 2, consume, produce)
+    share_registers(produce, consume, wide=walk.is_wide)
 
 
 def unknown_zero(count: Any) -> Any:
