@@ -36,26 +36,25 @@ _PIECE = 16  # columns
 def products(pairs: list[tuple[Any, Any]], of_scores: Any, *, late: bool) -> list[Any]:
     """[of_scores(scores), d_weights] of a tile: of two pairs of operands, or the first alone.
 
-    Both products are issued together, or, `late`, one after the other: registers that the biases
-    need are then not yet those of d_weights.
+    Both products are issued together, or, `late`, one after the other: registers of d_weights are
+    then not taken, as an accumulator's are from the start, while `of_scores` needs them.
     """
-    scored, *second = pairs
-
-    def run(scores, *d_weights):
-        def issue():
-            for accumulator, operands in zip(d_weights, second, strict=True):
-                plgpu.wgmma(accumulator, *operands)
-
-        plgpu.wgmma(scores, *scored)
-        if not late:
-            issue()
-        first = of_scores(scores[...])
-        if late:
-            issue()
-        return [first, *(accumulator[...] for accumulator in d_weights)]
-
     tile = plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)
-    return pl.run_scoped(run, *[tile] * len(pairs))
+
+    def together(*accumulators):
+        for accumulator, operands in zip(accumulators, pairs, strict=True):
+            plgpu.wgmma(accumulator, *operands)
+        scores, *rest = accumulators
+        return [of_scores(scores[...]), *(accumulator[...] for accumulator in rest)]
+
+    def alone(accumulator, operands):
+        plgpu.wgmma(accumulator, *operands)
+        return accumulator[...]
+
+    if not late:
+        return pl.run_scoped(together, *[tile] * len(pairs))
+    scores, *rest = (functools.partial(alone, operands=operands) for operands in pairs)
+    return [of_scores(pl.run_scoped(scores, tile)), *(pl.run_scoped(run, tile) for run in rest)]
 
 
 def silu_and_slope(half: Any) -> tuple[Any, Any]:

@@ -299,7 +299,7 @@ def _kernel(fields, counts, q, k, v, d_out, *refs, plan: _Plan):
         sources = (q, d_out, k, v)
         _produce(plan, fields, counts, sources, arrays.times, buffers, full, empty)
 
-    share_registers(produce, consume, wide=True)
+    share_registers(produce, consume)
 
 
 def bias_gradients(

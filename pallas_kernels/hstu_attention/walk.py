@@ -21,6 +21,7 @@ from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, WORK, Mask, 
 _SHARED_BYTES = 224 * 1024  # of 227 KiB; barriers and reductions take the rest
 _SHARED_MULTIPLE = 1024  # where the compiler lets a buffer start
 _MAX_STAGES = 4
+_PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 40, 232  # for each thread of a warpgroup; 504 of three
 _WIDE = 128  # columns of sums, from which on registers are short
 SCORES = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = SCORES.reduce(1), SCORES.reduce(0)
@@ -125,18 +126,15 @@ class Walk:
         return 2 if self._shared_bytes(2, self.stages) <= _SHARED_BYTES else 1
 
 
-def share_registers(
-    produce: Callable[[], None], compute: Callable[[], None], *, wide: bool
-) -> None:
-    """Runs both roles, each with registers that the other does not need: 504 in three shares."""
-    producer_registers, compute_registers = (24, 240) if wide else (40, 232)
+def share_registers(produce: Callable[[], None], compute: Callable[[], None]) -> None:
+    """Runs both roles, computing on the registers that loading does not need."""
 
     def with_few():
-        plgpu.set_max_registers(producer_registers, action="decrease")
+        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
         produce()
 
     def with_many():
-        plgpu.set_max_registers(compute_registers, action="increase")
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         compute()
 
     lax.cond(lax.axis_index("warpgroup") < 2, with_many, with_few)
@@ -347,7 +345,7 @@ def run(
         each_work(one)
         plgpu.wait_smem_to_gmem(0)
 
-    share_registers(produce, consume, wide=walk.is_wide)
+    share_registers(produce, consume)
 
 
 def unknown_zero(count: Any) -> Any:
