@@ -30,7 +30,7 @@ from pallas_kernels.hstu_attention.tiles import (
 )
 from pallas_kernels.hstu_attention.walk import BY_ROW, SCORES, Buffer, Walk
 
-_PIECE = 16  # columns
+_PIECE = 16  # columns that are masked at once
 
 
 def products(pairs: list[tuple[Any, Any]], of_scores: Any, *, late: bool) -> list[Any]:
@@ -91,42 +91,25 @@ class _Columns:
         return self._eights == self._inside(bound)
 
 
-def of_pairs(
-    function: Any,
-    half: Any,
-    mask: Mask,
-    shape: Shape,
-    row_position: Any,
-    position: Any,
-    *,
-    by_keys: bool = False,
-    dtype: Any = jnp.bfloat16,
-) -> tuple[Any, ...]:
-    """Results of an elementwise function of a tile, zero for the pairs that do not attend.
-
-    Some columns after the other, and rounded at once: whole tiles in f32 would not fit the
-    registers. Rows are keys with `by_keys`.
-    """
+def masked(
+    mask: Mask, shape: Shape, row_position: Any, position: Any, *values: Any, by_keys: bool = False
+) -> Any:
+    """Values of a tile, zero for the pairs that do not attend; rows are keys with `by_keys`."""
     attends = mask.attending if by_keys else mask.attended
 
-    def by_pieces(half, valid_of):
-        pieces = []
-        for first in range(0, TILE, _PIECE):
-            piece = slice(first, first + _PIECE)
-            results = function(half[:, piece])
-            if valid_of is not None:
-                valid = valid_of(_Columns(position, piece))
-                results = [jnp.where(valid, result, 0.0) for result in results]
-            pieces.append([result.astype(dtype) for result in results])
-        return tuple(jnp.concatenate(own, axis=1) for own in zip(*pieces, strict=True))
-
-    def some(half):
+    def select(*values):
         row = row_position + plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=BY_ROW)
-        return by_pieces(half, lambda columns: attends(row, columns, shape))
+        pieces = []
+        for first in range(0, TILE, _PIECE):  # for want of registers
+            piece = slice(first, first + _PIECE)
+            valid = attends(row, _Columns(position, piece), shape)
+            zero = jnp.zeros((), values[0].dtype)
+            pieces.append([jnp.where(valid, value[:, piece], zero) for value in values])
+        return tuple(jnp.concatenate(own, axis=1) for own in zip(*pieces, strict=True))
 
     query, key = (position, row_position) if by_keys else (row_position, position)
     full = mask.is_full(query, key, shape)
-    return lax.cond(full, lambda half: by_pieces(half, None), some, half)
+    return lax.cond(full, lambda *values: values, select, *values)
 
 
 def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
@@ -159,11 +142,9 @@ def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
                     return biases.half_scores(scores, half_biases)
 
                 (halves,) = products([(queries, keys.T)], half, late=False)
-                (own_weights[...],) = of_pairs(
-                    lambda half: [half + half * jnp.tanh(half)],
-                    halves,
-                    *(walk.mask, work.shape, own.position, position),
-                )
+                silu = halves + halves * jnp.tanh(halves)
+                (silu,) = masked(walk.mask, work.shape, own.position, position, silu)
+                own_weights[...] = silu.astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 plgpu.wgmma(accumulator, own_weights, values)
 

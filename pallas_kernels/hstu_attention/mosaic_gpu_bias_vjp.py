@@ -18,12 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 
 from pallas_kernels.hstu_attention.biases import MAX_BUCKETS, BiasArrays, Biases, Elapsed
-from pallas_kernels.hstu_attention.mosaic_gpu import (
-    of_pairs,
-    products,
-    silu_and_slope,
-    split_biases,
-)
+from pallas_kernels.hstu_attention.mosaic_gpu import masked, products, silu_and_slope, split_biases
 from pallas_kernels.hstu_attention.tiles import TILE, Mask, Packing, Shape, Tiles, list_tiles
 from pallas_kernels.hstu_attention.walk import (
     BY_COLUMN,
@@ -200,18 +195,14 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
             half_biases = wide if half_biases is None else half_biases + wide
 
         def slope(scores):
-            return of_pairs(
-                lambda half: silu_and_slope(half)[1:],
-                plan.biases.half_scores(scores, half_biases),
-                *(plan.mask, pair.shape, pair.query, pair.key),
-                dtype=jnp.float32,
-            )
+            return silu_and_slope(plan.biases.half_scores(scores, half_biases))[1]
 
         late = elapsed is not None
-        (slope_,), d_weights = products([(q, k.T), (d_out, v.T)], slope, late=late)
+        slope_, d_weights = products([(q, k.T), (d_out, v.T)], slope, late=late)
         plgpu.commit_smem()
         plgpu.barrier_arrive(empty.at[slot])
         d_scores = d_weights * slope_
+        (d_scores,) = masked(plan.mask, pair.shape, pair.query, pair.key, d_scores)
         if elapsed is not None:
             elapsed.add_sums(d_scores, sums.at[warpgroup], plan.biases.buckets)
         return total + d_scores

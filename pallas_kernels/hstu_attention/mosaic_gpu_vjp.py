@@ -17,12 +17,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int
 from pallas_kernels.hstu_attention import walk as walking
 from pallas_kernels.hstu_attention.biases import Biases, bias_arrays
 from pallas_kernels.hstu_attention.config import HstuConfig
-from pallas_kernels.hstu_attention.mosaic_gpu import (
-    of_pairs,
-    products,
-    silu_and_slope,
-    split_biases,
-)
+from pallas_kernels.hstu_attention.mosaic_gpu import masked, products, silu_and_slope, split_biases
 from pallas_kernels.hstu_attention.mosaic_gpu_bias_vjp import bias_gradients
 from pallas_kernels.hstu_attention.tiles import (
     TILE,
@@ -35,8 +30,21 @@ from pallas_kernels.hstu_attention.tiles import (
 )
 from pallas_kernels.hstu_attention.walk import Buffer, Walk
 
+_PIECE = 16  # columns
 # Of keys and values together, up to which the registers hold the sums of both gradients.
 _MAX_WIDTHS, _MAX_BIASED_WIDTHS = 256, 128
+
+
+def _by_pieces(function: Any, half: Any) -> list[Any]:
+    """Results of an elementwise function in bf16, a few columns at a time.
+
+    Rounded at once: whole tiles in f32 would not fit the registers.
+    """
+    pieces = []
+    for first in range(0, TILE, _PIECE):
+        results = function(half[:, first : first + _PIECE])
+        pieces.append([result.astype(jnp.bfloat16) for result in results])
+    return [jnp.concatenate(own, axis=1) for own in zip(*pieces, strict=True)]
 
 
 def _times(d_weights: Any, slope: Any) -> Any:
@@ -73,11 +81,9 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
 
                 def slope(scores):
                     free()
-                    return of_pairs(
-                        lambda half: silu_and_slope(half)[1:],
-                        biases.half_scores(scores, half_biases),
-                        *(walk.mask, work.shape, own.position, position),
-                    )
+                    half = biases.half_scores(scores, half_biases)
+                    slope = _by_pieces(lambda half: silu_and_slope(half)[1:], half)
+                    return masked(walk.mask, work.shape, own.position, position, *slope)
 
                 pairs = [(queries, keys.T), (d_outs, values.T)]
                 (slope_,), d_weights = products(pairs, slope, late=walk.is_wide)
@@ -131,12 +137,10 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
 
                 def weigh(scores):
                     free()
-                    return of_pairs(
-                        function,
-                        biases.half_scores(scores, half_biases),
-                        *(walk.mask, work.shape, own.position, position),
-                        by_keys=True,
-                    )
+                    half = biases.half_scores(scores, half_biases)
+                    values = _by_pieces(function, half)
+                    mask, shape = walk.mask, work.shape
+                    return masked(mask, shape, own.position, position, *values, by_keys=True)
 
                 pairs = list(zip(own_rows, (queries.T, d_outs.T), strict=False))
                 (*values,), *d_weights = products(pairs, weigh, late=walk.is_wide)
