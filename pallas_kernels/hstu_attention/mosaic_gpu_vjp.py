@@ -31,8 +31,7 @@ from pallas_kernels.hstu_attention.tiles import (
 from pallas_kernels.hstu_attention.walk import Buffer, Walk
 
 _PIECE = 16  # columns
-# Of keys and values together, up to which the registers hold the sums of both gradients.
-_MAX_WIDTHS, _MAX_BIASED_WIDTHS = 256, 128
+_MAX_WIDTHS = 128  # of keys and values, up to which the registers hold the sums of both gradients
 
 
 def _by_pieces(function: Any, half: Any) -> list[Any]:
@@ -232,8 +231,7 @@ def backward(
         "hstu_query_gradient", _query_kernel, both[:1], by_keys=False, resident=both, weights=1
     )
     key_kernel = functools.partial(run, "hstu_key_gradient", _key_kernel, by_keys=True)
-    is_biased = position_bias is not None or time_bias is not None
-    if sum(both) <= (_MAX_BIASED_WIDTHS if is_biased else _MAX_WIDTHS):
+    if sum(both) <= _MAX_WIDTHS:
         dk, dv = key_kernel(both, resident=both, weights=2, wanted="kv")
     else:  # sums of both would not fit the registers
         (dk,) = key_kernel(both[:1], resident=both, weights=1, wanted="k")

@@ -127,8 +127,7 @@ def test_gradient(widths, biased):
         lambda *args: gradient(*args, max_len=1024, **(MASK if biased else {})), *arguments
     )
     names = ["hstu_query_gradient", "hstu_key_gradient"]
-    split = sum(widths) > (128 if biased else 256)
-    names += ["hstu_value_gradient"] * split + ["hstu_bias_gradient"] * biased
+    names += ["hstu_value_gradient"] * (sum(widths) > 128) + ["hstu_bias_gradient"] * biased
     check(report, names)
 
 
