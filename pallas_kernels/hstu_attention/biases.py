@@ -57,8 +57,9 @@ def bias_arrays(
         tiles = halves.at[:, distance].get(mode="promise_in_bounds")
     if times is not None and time_bias is not None:
         times = times.astype(jnp.int32)
-        padding = -time_bias.shape[1] % _TABLE_MULTIPLE
-        table = jnp.pad(0.5 * time_bias.astype(jnp.float32), ((0, 0), (0, padding)))
+        reached = time_bias[:, :MAX_BUCKETS]
+        padding = -reached.shape[1] % _TABLE_MULTIPLE
+        table = jnp.pad(0.5 * reached.astype(jnp.float32), ((0, 0), (0, padding)))
     return BiasArrays(tiles, times, table)
 
 

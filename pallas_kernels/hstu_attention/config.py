@@ -28,16 +28,16 @@ class HstuConfig:
 
 
 def kernel_problem(q, v, *, both_biases: bool = False) -> str | None:
-    """What keeps the kernels from these arguments, or None."""
+    """What keeps the kernels from these arguments, whose last axis is the heads' width, or None."""
     for name, x in (("q", q), ("v", v)):
         if x.dtype != jnp.bfloat16:
             return f"{name} is {x.dtype}; the kernels multiply bfloat16 only"
-        width = x.shape[2]
+        width = x.shape[-1]
         if width % WIDTH_MULTIPLE or not 0 < width <= MAX_WIDTH:
             return (
                 f"the heads of {name} are {width} wide; the kernels need a multiple of "
                 f"{WIDTH_MULTIPLE} up to {MAX_WIDTH}"
             )
-    if both_biases and q.shape[2] + v.shape[2] == 2 * MAX_WIDTH:
+    if both_biases and q.shape[-1] + v.shape[-1] == 2 * MAX_WIDTH:
         return f"heads of {MAX_WIDTH} and {MAX_WIDTH} leave no shared memory for both biases"
     return None

@@ -188,9 +188,10 @@ def test_sums_of_tiles_go_to_their_distances():
     ],
 )
 def test_unsupported_calls_are_explained(width, v_width, dtype, problem):
-    q, v = (jax.ShapeDtypeStruct((8, 2, n), dtype) for n in (width, v_width))
-    found = kernel_problem(q, v)
-    assert found is None if problem is None else problem in (found or "")
+    for leading in ((8, 2), (3, 8, 2)):  # packed and cached
+        q, v = (jax.ShapeDtypeStruct((*leading, n), dtype) for n in (width, v_width))
+        found = kernel_problem(q, v)
+        assert found is None if problem is None else problem in (found or "")
 
 
 @pytest.mark.gpu
