@@ -12,8 +12,10 @@ from dense_hstu import dense_hstu, dense_mask
 
 from pallas_kernels._testing import simulate
 from pallas_kernels.hstu_attention import hstu_attention
+from pallas_kernels.hstu_attention.biases import MAX_BUCKETS, bias_arrays
 from pallas_kernels.hstu_attention.config import HstuConfig, kernel_problem
 from pallas_kernels.hstu_attention.mosaic_gpu_bias_vjp import by_distance
+from pallas_kernels.hstu_attention.ref import time_bucket
 from pallas_kernels.hstu_attention.tiles import TILE, Mask
 from pallas_kernels.hstu_attention.workloads import WORKLOADS
 
@@ -99,9 +101,8 @@ def close(got, want, tolerance=2e-2):
 CASES = [
     # lengths, targets, mask, options
     ([65, 0, 1, 200, 63, 64], None, Mask(), {"v_width": 32}),
-    ([65, 0, 130], None, Mask(), {"qk_width": 32, "position": True, "times": True}),
+    ([65, 130], [0, 3], Mask(0, 2, 0), {"qk_width": 32, "position": True, "times": True}),
     ([200, 90], [10, 70], Mask(50, 3, 20), {"position": True, "heads": 2}),
-    ([70, 130], [0, 3], Mask(0, 2, 0), {"times": True}),
     # So wide that the gradients' rings have one stage.
     ([130], None, Mask(), {"qk_width": 256, "v_width": 256}),
 ]
@@ -122,43 +123,39 @@ def test_simulated_op_equals_the_dense_formula_without_races(case):
 
 @pytest.mark.slow
 def test_simulated_sequences_do_not_see_each_other():
-    """Bit for bit: permuted sequences give permuted results, and one alone gives its own."""
-    lengths, order = [70, 3, 129], [2, 0, 1]
-    arrays = arguments(lengths, times=True, position=True)
+    """Bit for bit: a sequence that moves, and loses its neighbours, keeps its results."""
+    lengths, chosen = [70, 3, 129], [2, 0]
+    arrays = arguments(lengths, times=True)
     offsets = arrays["offsets"]
-
-    def of(chosen):
-        slots = np.concatenate([np.arange(offsets[b], offsets[b + 1]) for b in chosen])
-        slots = np.append(slots, np.arange(offsets[-1], len(arrays["q"])))
-        moved = {
-            name: x[slots] if name in ("q", "k", "v", "d_out", "timestamps") else x
-            for name, x in arrays.items()
-        }
-        return slots, moved | {"offsets": offsets_of([lengths[b] for b in chosen])}
-
-    choices = [of(chosen) for chosen in (range(3), order, [2])]
-    results = simulate(CALL, [call_of(moved) for _, moved in choices], timeout_s=280)
-    for (slots, _), got in zip(choices, results, strict=True):
-        for ours, whole in zip(got[:4], results[0][:4], strict=True):
-            np.testing.assert_array_equal(ours, whole[slots])
+    slots = np.concatenate([np.arange(offsets[b], offsets[b + 1]) for b in chosen])
+    slots = np.append(slots, np.arange(offsets[-1], len(arrays["q"])))
+    moved = {
+        name: x[slots] if name in ("q", "k", "v", "d_out", "timestamps") else x
+        for name, x in arrays.items()
+    } | {"offsets": offsets_of([lengths[b] for b in chosen])}
+    whole, part = simulate(CALL, [call_of(arrays), call_of(moved)], timeout_s=280)
+    for ours, rows in zip(part[:4], whole[:4], strict=True):
+        np.testing.assert_array_equal(ours, rows[slots])
+    for got, want in zip(whole, expected(arrays, Mask()), strict=True):
+        close(got, want)
 
 
 @pytest.mark.slow
 def test_simulated_aligned_sequences_are_read_in_place():
-    """The same bits as with copies, and NaN for a sequence that starts elsewhere."""
-    aligned, misaligned = ([72, 0, 128, 53], [71, 129, 53])
-    calls = []
-    for lengths, config in (
-        (aligned, CONFIG),
-        (aligned, dataclasses.replace(CONFIG, aligned=True)),
-        (misaligned, dataclasses.replace(CONFIG, aligned=True)),
-    ):
-        args, _ = call_of(arguments(lengths, times=True))
-        calls.append(((*args[:-1], (*args[-1][:-1], config)), {}))
-    copied, in_place, broken = simulate(CALL, calls, timeout_s=280)
-    for ours, wanted, none in zip(in_place[:4], copied[:4], broken[:4], strict=True):
+    """The same bits as with copies."""
+    args, _ = call_of(arguments([72, 0, 128, 53]))
+    in_place = (*args[:-1], (*args[-1][:-1], dataclasses.replace(CONFIG, aligned=True)))
+    copied, own = simulate(CALL, [(args, {}), (in_place, {})], timeout_s=280)
+    for ours, wanted in zip(own[:4], copied[:4], strict=True):
         np.testing.assert_array_equal(ours, wanted)
-        assert np.isnan(np.asarray(none, np.float32)).all()
+
+
+def test_time_buckets_that_are_never_reached_take_no_memory():
+    table = np.arange(2 * 5000, dtype=np.float32).reshape(2, 5000)
+    kept = bias_arrays(None, jnp.zeros(8, jnp.int32), jnp.asarray(table)).table
+    np.testing.assert_array_equal(kept[:, :MAX_BUCKETS], table[:, :MAX_BUCKETS] / 2)
+    assert kept.shape == (2, 64)
+    assert time_bucket(jnp.asarray([2**31 - 1, -(2**31)]), 5000).max() == MAX_BUCKETS - 1
 
 
 def test_sums_of_tiles_go_to_their_distances():
