@@ -145,8 +145,8 @@ class Biases:
         half = None
         if self.buckets:
             elapsed = Elapsed.of(
-                plgpu.load(resident[0].at[own.rows], layout=BY_ROW),
-                plgpu.load(streamed[-1], layout=BY_COLUMN),
+                resident[0].at[own.rows],
+                streamed[-1],
                 own.position,
                 position,
                 work.shape,
@@ -179,9 +179,12 @@ class Elapsed(NamedTuple):
 
     @classmethod
     def of(cls, rows, columns, row_position, position, shape: Shape, buckets: int) -> "Elapsed":
-        """From the times by row and by column, and the positions of the tile's first pair."""
-        row_low, row_high = _range(rows, row_position, shape, BY_ROW)
-        low, high = _range(columns, position, shape, BY_COLUMN)
+        """From references to the times of rows and columns, and the tile's first positions."""
+        # The range of the rows' times too is found by column, among the lanes of each warp: by row
+        # it takes memory between warps, and Mosaic gives both warpgroups the same.
+        row_low, row_high = _range(plgpu.load(rows, layout=BY_COLUMN), row_position, shape)
+        rows, columns = plgpu.load(rows, layout=BY_ROW), plgpu.load(columns, layout=BY_COLUMN)
+        low, high = _range(columns, position, shape)
         closest = jnp.maximum(jnp.maximum(row_low - high, low - row_high), 0)
         farthest = jnp.maximum(row_high - low, high - row_low)
         return cls(
@@ -232,9 +235,9 @@ def _edge(bucket):
     return jnp.where((bucket & 1) == 0, whole - 1, root.astype(jnp.int32))
 
 
-def _range(times, position, shape: Shape, layout):
-    """(least, greatest) of the times that belong to the sequence."""
-    place = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=layout)
+def _range(times, position, shape: Shape):
+    """(least, greatest) of the times, laid out by column, that belong to the sequence."""
+    place = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=BY_COLUMN)
     # Parts of 8 are constants in instructions; whole places would fill the registers.
     inside = (place & -8) < (shape.length - position) - (place & 7)
     limits = jnp.iinfo(jnp.int32)

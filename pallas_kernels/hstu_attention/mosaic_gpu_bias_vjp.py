@@ -21,8 +21,8 @@ from pallas_kernels.hstu_attention.biases import MAX_BUCKETS, BiasArrays, Biases
 from pallas_kernels.hstu_attention.mosaic_gpu import masked, products, silu_and_slope, split_biases
 from pallas_kernels.hstu_attention.tiles import TILE, Mask, Packing, Shape, Tiles, list_tiles
 from pallas_kernels.hstu_attention.walk import (
-    BY_COLUMN,
     BY_ROW,
+    COMPILER_PARAMS,
     SCORES,
     Buffer,
     copier,
@@ -184,10 +184,7 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
         elapsed = half_biases = None
         if arrays.table is not None:
             elapsed = Elapsed.of(
-                plgpu.load(times[0], layout=BY_ROW),
-                plgpu.load(times[1], layout=BY_COLUMN),
-                *(pair.query, pair.key, pair.shape),
-                plan.biases.buckets,
+                *(*times, pair.query, pair.key, pair.shape), plan.biases.buckets
             )
             half_biases = elapsed.half_bias(arrays.table.at[item.head])
         if bias is not None:
@@ -363,9 +360,7 @@ def _call(plan: _Plan, tiles: Tiles, q, k, v, d_out, arrays: BiasArrays):
                 plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
                 *sums,
             ],
-            compiler_params=plgpu.CompilerParams(
-                lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
-            ),
+            compiler_params=COMPILER_PARAMS,
             kernel_name="hstu_bias_gradient",
         )(
             *(tiles.fields, tiles.counts, q, k, v, d_out),

@@ -25,6 +25,13 @@ _PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 40, 232  # for each thread of a warpgr
 _WIDE = 128  # columns of sums, from which on registers are short
 SCORES = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = SCORES.reduce(1), SCORES.reduce(0)
+COMPILER_PARAMS = plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+    approx_math=True,
+    # A reduction across warps is an error: all warpgroups would use the same scratch at once, which
+    # the simulator does not see.
+    reduction_scratch_bytes=0,
+)
 
 
 def swizzled(shape: Sequence[int], line: int) -> Any:
@@ -437,8 +444,6 @@ def call(walk: Walk, kernel: Callable[..., None], out_type: Any, *args: jax.Arra
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
-        ),
+        compiler_params=COMPILER_PARAMS,
         kernel_name=walk.name,
     )(*args)
