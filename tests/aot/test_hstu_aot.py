@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import hstu_attention, hstu_attention_cached
-from pallas_kernels.aot import aot_available, compile_for_h200
+from pallas_kernels.aot import aot_available, compile_for_h200, table_rows
 
 pytestmark = [
     pytest.mark.aot,
@@ -101,12 +101,14 @@ def check(report, names):
         ((256, 256), False),
     ],
 )
-def test_out_and_gradients(widths, biased):
+def test_out_and_gradients(widths, biased, record_property):
     arguments = shapes(8192, widths=widths, position=biased, times=biased)
     report = compile_for_h200(
         lambda *args: out_and_gradients(*args, max_len=1024, **(MASK if biased else {})),
         *arguments,
     )
+    workload = f"{widths[0]} + {widths[1]}" + ", biases" * biased
+    record_property("kernel_table", table_rows("hstu_attention", workload, report))
     names = ["hstu_attention", "hstu_query_gradient", "hstu_key_gradient"]
     names += ["hstu_value_gradient"] * (sum(widths) > 128) + ["hstu_bias_gradient"] * biased
     check(report, names)

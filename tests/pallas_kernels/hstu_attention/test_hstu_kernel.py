@@ -152,7 +152,7 @@ def test_simulated_aligned_sequences_are_read_in_place():
 
 def test_time_buckets_that_are_never_reached_take_no_memory():
     table = np.arange(2 * 5000, dtype=np.float32).reshape(2, 5000)
-    kept = bias_arrays(None, jnp.zeros(8, jnp.int32), jnp.asarray(table)).table
+    kept: Any = bias_arrays(None, jnp.zeros(8, jnp.int32), jnp.asarray(table)).table
     np.testing.assert_array_equal(kept[:, :MAX_BUCKETS], table[:, :MAX_BUCKETS] / 2)
     assert kept.shape == (2, 64)
     assert time_bucket(jnp.asarray([2**31 - 1, -(2**31)]), 5000).max() == MAX_BUCKETS - 1
