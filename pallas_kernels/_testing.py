@@ -69,7 +69,8 @@ def simulate(
       SimulationError: a data race, a hang, or an exception, with the simulator's own words.
 
     The simulator does not see everything: `wgmma` is synchronous there, so a missing
-    `wgmma_wait` passes, and operations run that no GPU compile accepts.
+    `wgmma_wait` passes, as do reductions across warps, for which Mosaic gives the same scratch to
+    all warpgroups; and operations run that no GPU compile accepts.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
