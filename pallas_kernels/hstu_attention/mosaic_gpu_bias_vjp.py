@@ -183,7 +183,9 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
 
         elapsed = half_biases = None
         if arrays.table is not None:
-            elapsed = Elapsed.of(*(*times, pair.query, pair.key, pair.shape), plan.biases.buckets)
+            rows, columns = times
+            buckets = plan.biases.buckets
+            elapsed = Elapsed.of(rows, columns, pair.query, pair.key, pair.shape, buckets)
             half_biases = elapsed.half_bias(arrays.table.at[item.head])
         if bias is not None:
             wide = bias.astype(jnp.float32)
