@@ -354,6 +354,7 @@ def lay_out(centroids, lists, ids, vectors, metric: Metric) -> IVFIndex:
     order = np.lexsort((ids, lists))
     counts = np.bincount(lists, minlength=nlist)
     tiles = -(-counts // IVF_TILE_ROWS)
+    tiles[-1] += tiles.sum() % 2  # masks are then a multiple of 16 bytes, so kernels copy parts
     tile_offsets = np.concatenate([[0], np.cumsum(tiles)]).astype(np.int32)
     first_in_order = np.concatenate([[0], np.cumsum(counts)])[:-1]
     places = (

@@ -308,6 +308,7 @@ def _deal(
     lists = list_of_row(ivf, rows)
     counts = np.bincount(lists, minlength=ivf.nlist)
     tiles = -(-counts // (num_shards * IVF_TILE_ROWS))
+    tiles[-1] += tiles.sum() % 2  # as in the whole index
     starts = np.concatenate([[0], np.cumsum(tiles)]) * IVF_TILE_ROWS
     rank = np.arange(len(rows)) - (np.cumsum(counts) - counts)[lists]
     order = np.full((num_shards, starts[-1]), -1)

@@ -114,10 +114,10 @@ def ivf_search(
         wgmma=True,
     )
     if chosen == "mosaic_gpu" and isinstance(kernel_tiles, IvfKernelConfig):
-        from pallas_kernels.ivf import mosaic_gpu  # 1 s of imports that the CPU never needs
+        from pallas_kernels.ivf import search  # 1 s of imports that the CPU never needs
 
         few = max(1, nprobe // FEW), max(1, max_tiles // FEW)
-        found = mosaic_gpu.ivf_search(
+        found = search.ivf_search(
             queries, centroids, codes, scales, tile_offsets, live, mask, mask_of_query, probes,
             k=k, nprobe=nprobe, max_tiles=max_tiles, max_list_tiles=max_list_tiles,
             config=kernel_tiles,

@@ -89,13 +89,22 @@ class IvfKernelConfig:
 
     def smem_bytes(self, width: int) -> int:
         """Shared memory of one program for rows of `width`, but for its barriers."""
-        tiles = self.stages * TILE_ROWS * (width + 4)
-        return tiles + self.block_queries * (width + 8 * self.slot_tiles + 256 * self.kept)
+        tiles, words = self.stages * TILE_ROWS * (width + 4), 8 * self.slot_tiles
+        return tiles + self.block_queries * (width + words + 256 * self.kept) + words
 
     def slot_bytes(self, width: int) -> int:
         """Scratch for each slot: survivors and their sort, mask words, tiles, codes of queries."""
         survivors, tiles = self.kept * TILE_ROWS, self.slot_tiles
         return 12 * survivors + (16 + 4) * tiles + width * (1 if self.share else self.block_queries)
+
+    def distinct_slots(self, num_lists: int, num_tiles: int, max_list_tiles: int | None) -> int:
+        """Most slots that a list-major search can cut the lists of an index in."""
+        cut = num_tiles // self.slot_tiles + num_lists
+        return cut if max_list_tiles is None else min(cut, num_lists * self.slots(max_list_tiles))
+
+    def slots(self, num_tiles: int) -> int:
+        """Slots that tiles in a row are cut in."""
+        return -(-num_tiles // self.slot_tiles)
 
     def num_programs(self, num_slots: int, distinct: int) -> int:
         """Static size of the grid: most programs that slots of `distinct` tile lists can need."""
@@ -123,8 +132,8 @@ def max_slots(
     """
     length = config.slot_tiles
     if strided:
-        return max(1, -(-max_tiles // length))
-    of_list = -(-(max_list_tiles or max_tiles) // length)
+        return max(1, config.slots(max_tiles))
+    of_list = config.slots(max_list_tiles or max_tiles)
     return max(1, min(max_tiles, nprobe * of_list, (max_tiles + nprobe * (length - 1)) // length))
 
 
@@ -242,7 +251,8 @@ def kernel_heuristic(
     def cost(config: IvfKernelConfig) -> float:
         survivors = slots(config) * TILE_ROWS * config.kept
         in_order = sorted_keys(survivors, config.kept, num_fetched(k, survivors))
-        masks = 3 * 8 * slots(config) * config.slot_tiles  # gathered, written, read
+        copies = 1 if config.share and not full else 3  # in place, or gathered: read, written, read
+        masks = 8 * slots(config) * config.slot_tiles * copies
         scan = scanned * (width + 4) / sharing(config) + masks
         return scan + 8 * survivors + SORT_COST_BYTES * in_order
 

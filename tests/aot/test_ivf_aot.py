@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.aot import aot_available, compile_for_h200
-from pallas_kernels.ivf import IvfKernelConfig, mosaic_gpu, probed_tiles_bound
+from pallas_kernels.ivf import IvfKernelConfig, mosaic_gpu, probed_tiles_bound, slots
 from pallas_kernels.ivf.config import (
     TILE_ROWS,
     group_queries,
@@ -27,35 +27,42 @@ KERNEL = "ivf_scan_mosaic_gpu"
 MB = 1e6
 
 
-def scan(config, width):
+def scan(config, width, in_place=False):
     """The kernel alone, for a few hundred programs."""
-    programs, block, slots = 300, config.block_queries, 400
+    programs, block, slots, words = 300, config.block_queries, 400, 2_000
+    masks = (8, words) if in_place else (slots, 2 * config.slot_tiles)
     shape = jax.ShapeDtypeStruct
     return compile_for_h200(
-        functools.partial(mosaic_gpu.ivf_scan, config=config),
+        functools.partial(mosaic_gpu.ivf_scan, num_slots=slots, config=config, in_place=in_place),
         shape((64_000, width), jnp.int8),
         shape((64_000,), jnp.float32),
         shape((programs, block, width), jnp.int8),
-        shape((slots, 2 * config.slot_tiles), jnp.int32),
+        shape(masks, jnp.int32),
+        shape((words,), jnp.int32),
         shape((programs, config.slot_tiles), jnp.int32),
         shape((programs,), jnp.int32),
+        shape((programs, block), jnp.int32),
         shape((programs, block), jnp.int32),
     )
 
 
 @pytest.mark.parametrize(
-    ("block", "kept", "max_registers"),
-    [(8, 4, 56), (8, 8, 72), (8, 16, 128), (16, 8, 112), (32, 4, 128), (64, 2, 128)],
+    ("block", "kept", "in_place", "max_registers"),
+    [
+        *((8, 4, False, 56), (8, 8, False, 72), (8, 16, False, 128), (64, 2, False, 128)),
+        *((8, 8, True, 72), (16, 8, True, 112), (32, 4, True, 128)),
+    ],
 )
-def test_machine_code(block, kept, max_registers):
+def test_machine_code(block, kept, in_place, max_registers):
     """128 registers let two programs of two warpgroups share a multiprocessor."""
     config = IvfKernelConfig(block, 64, kept)
-    kernel = scan(config, 128).kernel(KERNEL)
+    kernel = scan(config, 128, in_place).kernel(KERNEL)
     assert kernel.registers <= max_registers
     assert 0 <= kernel.smem_bytes - config.smem_bytes(128) < 4096, "barriers and alignment"
     assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0
     assert kernel.count(f"IGMMA.64x{block}x32.S8.S8") + kernel.count("IGMMA") >= 128 // 32
-    assert kernel.count("UTMALDG") >= 2 + block, "codes, scales and masks come by TMA"
+    copies = 2 + block + in_place
+    assert kernel.count("UTMALDG") >= copies, "codes, scales and masks come by TMA"
     assert kernel.count("UBLKCP") == block, "each query's survivors go out in one copy"
     values = TILE_ROWS * block // 128  # of each thread
     assert kernel.count("FMNMX") == values * (2 * kept - 1), "no score is compared twice"
@@ -113,21 +120,25 @@ def moved_bytes(workload, config, seed=0):
 
 def scan_bytes(offsets, lists, num_slots, width, config):
     """Codes, scales, masks and query blocks of one group of queries."""
-    make_slots = mosaic_gpu._list_slots if config.share else mosaic_gpu._strided_slots
-    slots = make_slots(
+    make_slots = slots.list_slots if config.share else slots.strided_slots
+    work = make_slots(
         jnp.asarray(offsets[lists]),
         jnp.asarray(np.diff(offsets)[lists]),
         num_slots,
         config.slot_tiles,
     )
-    distinct = int(offsets[-1]) // config.slot_tiles + len(offsets) - 1
+    longest = int(np.diff(offsets).max())
+    distinct = config.distinct_slots(len(offsets) - 1, int(offsets[-1]), longest)
     total = len(lists) * num_slots
-    programs = np.asarray(mosaic_gpu._programs(slots, config.num_programs(total, distinct), config))
+    programs = np.asarray(slots.programs(work, config.num_programs(total, distinct), config))
     used = programs[programs[:, 0] >= 0]
-    tiles = int(np.asarray(slots.counts).reshape(-1)[used[:, 0]].sum())
-    # Each tile has a query's mask words gathered, written and read again.
-    words = 3 * total * config.slot_tiles * 8
-    return tiles * TILE_ROWS * (width + 4) + words + 2 * programs.size * width
+    tiles = int(np.asarray(work.counts).reshape(-1)[used[:, 0]].sum())
+    if config.share:  # words are read in place; a program's are also those of live rows
+        words = ((programs >= 0).sum() + len(used)) * config.slot_tiles * 8
+    else:  # gathered, written and read again
+        words = 3 * total * config.slot_tiles * 8
+    blocks = (programs.size + used.size) * width  # codes of queries, written and read
+    return tiles * TILE_ROWS * (width + 4) + words + blocks
 
 
 INDEXES = {
@@ -161,7 +172,7 @@ def of_floor(workload):
 def test_bytes_moved_are_near_the_floor(index, num_queries):
     workload = dataclasses.replace(INDEXES[index], num_queries=num_queries)
     # Sixteen queries share each row of a small index: what is each one's own outweighs the rows.
-    limit = {("1m", 64): 1.2, ("1m", 512): 2.4}.get((index, num_queries), 1.15)
+    limit = 2.25 if (index, num_queries) == ("1m", 512) else 1.15
     assert of_floor(workload) <= limit
 
 
@@ -172,7 +183,7 @@ def test_bytes_moved_are_near_the_floor(index, num_queries):
         ("20m_128", 1.15),
         # Winners of k = 1,000 fill so much of their lists that sharing these costs more in sorting.
         ("10m_128", 1.35),
-        ("10m_128_q512", 1.3),
+        ("10m_128_q512", 1.28),
     ],
 )
 def test_bytes_moved_for_a_thousand_results(name, limit):

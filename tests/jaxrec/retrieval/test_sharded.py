@@ -116,7 +116,7 @@ def test_more_results_than_a_shard_has_rows():
     whole = build(1100, nlist=1)
     split = ShardedIndex.split(whole, make_mesh({"items": 8}))
     plan = whole.compile(FILTERS)
-    assert split.arrays[1].shape[1] == 192
+    assert split.arrays[1].shape[1] == 256
     want = search_whole(whole, queries(), plan, k=1000, exact=True)
     assert_same(split.search(queries(), plan, k=1000, exact=True), want)
 

@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import BackendError, ivf_search, probed_tiles_bound
 from pallas_kernels._testing import simulate
-from pallas_kernels.ivf import IvfConfig, IvfKernelConfig, mosaic_gpu
+from pallas_kernels.ivf import IvfConfig, IvfKernelConfig, search
 from pallas_kernels.ivf.config import (
     BLOCK_QUERIES,
     MAX_K,
@@ -22,12 +22,12 @@ from pallas_kernels.ivf.config import (
 )
 from pallas_kernels.ivf.workloads import WORKLOADS, IvfWorkload
 
-TARGET = "pallas_kernels.ivf.mosaic_gpu:ivf_search"
+TARGET = "pallas_kernels.ivf.search:ivf_search"
 NAMES = [
     *("queries", "centroids", "codes", "scales", "tile_offsets"),
     *("live", "mask", "mask_of_query", "probes"),
 ]
-SMALL = IvfWorkload(700, 32, 5, 2, 10, 3, 0.5)
+SMALL = IvfWorkload(1_000, 32, 5, 2, 10, 3, 0.5)  # 36 words of masks, which 16 tiles read in place
 SHARED = IvfKernelConfig(8, 16, 4, 2, share=True)
 OWN = IvfKernelConfig(8, 16, 4, 3)
 
@@ -97,9 +97,10 @@ def test_simulated_kernel_equals_reference_without_races(config):
     cases = [
         case(SMALL, config),
         case(SMALL, config, nprobe=4, tile_offsets=without_three(arrays), mask_of_query=heads),
-        case(SMALL, config, nprobe=3, k=500, mask=None),  # more than there are
+        case(SMALL, config, nprobe=3, k=800, mask=None),  # more than there are
         case(SMALL, config, mask=np.zeros_like(arrays["mask"])),
         case(SMALL, config, nprobe=5, probes=np.array([0, 1, 5], np.int32)),
+        case(dataclasses.replace(SMALL, num_rows=300), config),  # too few words
     ]
     complete = simulate_and_check(cases)
     assert complete[3].all()
@@ -176,25 +177,30 @@ def test_certificate_tells_an_overflowing_lane():
     assert enough.all()
 
 
-def emulated_scan(codes, scales, queries, words, tiles, counts, slots, *, config):
+def emulated_scan(
+    codes, scales, queries, masks, live, tiles, counts, slots, mask_rows,
+    *, num_slots, config, in_place,
+):  # fmt: skip
     """What the kernel computes, in jnp, one program after the other."""
     steps, lanes = jnp.arange(config.slot_tiles), jnp.arange(64)
+    masks = masks & live if in_place else masks
 
     def program(operands):
-        block, own_tiles, count, own_slots = operands
+        block, own_tiles, count, own_masks = operands
         rows = (own_tiles[:, None] * 64 + lanes).reshape(-1)
         products = block.astype(jnp.float32) @ codes[rows].astype(jnp.float32).T  # exact: < 2^24
         scores = (products * scales[rows]).reshape(len(block), -1, 64)
-        own_words = words[jnp.maximum(own_slots, 0)].reshape(len(block), -1, 2)
+        places = own_tiles if in_place else steps
+        own_words = masks[own_masks].reshape(len(block), -1, 2)[:, places]
         bit = own_words[:, :, lanes // 32] >> (lanes % 32) & 1
         keys = jax.lax.bitcast_convert_type(scores, jnp.int32) & ~config.tag_mask
         keys = jax.lax.bitcast_convert_type(keys | steps[:, None], jnp.float32)
         keys = jnp.where((bit != 0) & (steps < count)[:, None], keys, -3e38)
         return -jnp.sort(-keys, axis=1)[:, : config.kept]
 
-    kept = jax.lax.map(program, (queries, tiles, counts, slots))
-    out = jnp.full((len(words), config.kept * 64), jnp.nan)  # slots of no program are undefined
-    places = jnp.where(slots >= 0, slots, len(words)).reshape(-1)
+    kept = jax.lax.map(program, (queries, tiles, counts, jnp.maximum(mask_rows, 0)))
+    out = jnp.full((num_slots, config.kept * 64), jnp.nan)  # slots of no program are undefined
+    places = jnp.where(slots >= 0, slots, num_slots).reshape(-1)
     return out.at[places].set(kept.reshape(len(places), -1), mode="drop")
 
 
@@ -207,7 +213,7 @@ def test_best_keys_come_from_the_lanes_of_the_best_first_keys(count):
     used[2] = np.arange(9) == 4  # one slot alone: fewer lanes than keys wanted
     keys = np.where(used[..., None, None], keys, np.float32(np.nan))
     best, slot, lane = map(
-        np.asarray, mosaic_gpu._best_keys(jnp.asarray(keys), jnp.asarray(used), count)
+        np.asarray, search._best_keys(jnp.asarray(keys), jnp.asarray(used), count)
     )
     flat = np.where(used[..., None, None], keys, np.float32(-3e38)).reshape(3, -1)
     np.testing.assert_array_equal(best, -np.sort(-flat, axis=1)[:, :count])
@@ -222,30 +228,30 @@ def test_best_keys_come_from_the_lanes_of_the_best_first_keys(count):
 )
 def test_clustered_catalogue(k, num_queries, share, monkeypatch):
     """Schedules, certificate and choice of tiles at a size that the simulator is too slow for."""
-    monkeypatch.setattr(mosaic_gpu, "ivf_scan", emulated_scan)
+    monkeypatch.setattr(search, "ivf_scan", emulated_scan)
     workload = IvfWorkload(60_000, 32, 64, 8, k, 24, 0.5)
     chosen = kernel_heuristic(num_queries, 64, 8, 160, k, (60_000, 256))
     assert chosen.share == share
     for probes in (None, np.arange(24, dtype=np.int32) % 9):
         arrays, options = case(workload, chosen, probes=probes)
-        untraced = mosaic_gpu.ivf_search.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
-        search = functools.partial(untraced, **options)
-        complete = check(jax.jit(search)(*[arrays[name] for name in NAMES]), arrays, options)
+        untraced = search.ivf_search.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
+        run = functools.partial(untraced, **options)
+        complete = check(jax.jit(run)(*[arrays[name] for name in NAMES]), arrays, options)
         assert np.mean(complete) >= (0.5 if share else 0.9), "lanes keep too little"
 
 
 @pytest.mark.parametrize("largest", [4, 8])
 def test_a_batch_of_few_probes_has_a_program_of_its_own(largest, monkeypatch):
     """Batches on both sides of its bound find the best of the lists that each query probes."""
-    monkeypatch.setattr(mosaic_gpu, "ivf_scan", emulated_scan)
+    monkeypatch.setattr(search, "ivf_scan", emulated_scan)
     workload = IvfWorkload(20_000, 32, 64, 8, 50, 6, 0.5)
     few = 4, 48, kernel_heuristic(6, 64, 4, 48, 50, (20_000, 32))
     whole = kernel_heuristic(6, 64, 64, 400, 50, (20_000, 32), probes_vary=True)
     probes = np.array([0, 1, 2, 3, 4, largest], np.int32)
     arrays, options = case(workload, whole, nprobe=64, probes=probes)
-    untraced = mosaic_gpu.ivf_search.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
-    search = jax.jit(functools.partial(untraced, **options, few=few))
-    complete = check(search(*[arrays[name] for name in NAMES]), arrays, options)
+    untraced = search.ivf_search.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
+    run = jax.jit(functools.partial(untraced, **options, few=few))
+    complete = check(run(*[arrays[name] for name in NAMES]), arrays, options)
     assert np.mean(complete) >= 0.8
 
 
