@@ -32,6 +32,17 @@ COLOURS = [
 ]
 
 
+def gantt(
+    bars: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, str], *, x: str
+) -> bytes:
+    """Bars (start, length) in one row for each name, the first on top, as PNG bytes."""
+    figure, axes = _axes(x, "")
+    for place, (name, spans) in enumerate(bars.items()):
+        axes.broken_barh(spans, (-place - 0.35, 0.7), color=colours[name], lw=0)
+    axes.set_yticks([-place for place in range(len(bars))], list(bars))
+    return _png(figure)
+
+
 def plot(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,

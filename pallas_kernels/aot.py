@@ -272,8 +272,10 @@ def _on_mesh(mesh: Mesh, shardings: Any) -> Any:
 
 @functools.cache
 def _topology(num_devices: int) -> Any:
+    hosts = max(1, num_devices // 8)  # of eight each, which NVLink joins
+    topology = f"1x{hosts}x{num_devices // hosts}"
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology=f"1x1x{num_devices}", target_config=_H200
+        platform="cuda", topology_name="", topology=topology, target_config=_H200
     )
 
 

@@ -11,6 +11,12 @@ from jaxrec.distributed.id_maps import IdMap as IdMap
 from jaxrec.distributed.id_maps import hash_ids as hash_ids
 from jaxrec.distributed.late_exchange import LATE as LATE
 from jaxrec.distributed.late_exchange import Traffic as Traffic
+from jaxrec.distributed.overlap import Collective as Collective
+from jaxrec.distributed.overlap import Machine as Machine
+from jaxrec.distributed.overlap import Product as Product
+from jaxrec.distributed.overlap import Schedule as Schedule
+from jaxrec.distributed.overlap import Span as Span
+from jaxrec.distributed.overlap import timeline as timeline
 from jaxrec.distributed.prioritized import PipelineState as PipelineState
 from jaxrec.distributed.prioritized import PrioritizedMetrics as PrioritizedMetrics
 from jaxrec.distributed.prioritized import PrioritizedStep as PrioritizedStep
@@ -27,6 +33,8 @@ from jaxrec.distributed.sharded_step import make_sharded_step as make_sharded_st
 from jaxrec.distributed.tables import EmbeddingTable as EmbeddingTable
 from jaxrec.distributed.transport import InProcess as InProcess
 from jaxrec.distributed.transport import OverMesh as OverMesh
+from jaxrec.distributed.xla_options import UnknownOptionError as UnknownOptionError
+from jaxrec.distributed.xla_options import XlaOptions as XlaOptions
 from jaxrec.ops.row_optimizers import RowAdagrad as RowAdagrad
 from jaxrec.ops.row_optimizers import RowAdam as RowAdam
 from jaxrec.ops.row_optimizers import RowSGD as RowSGD

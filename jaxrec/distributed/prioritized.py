@@ -8,10 +8,14 @@ Step n trains on batch n and knows the ids of batch n + 1. The owner of each row
     deferred gradients    the other rows of n: sent while n + 1 computes
 
 so that only late rows and late gradients are waited for. Each row is updated once a batch by the
-sum of all its gradients, always before it is read again: results are those of the plain step. One
-jitted program holds a whole step; what travels early has no data dependency on the computation, nor
-the computation on it, so the latency-hiding scheduler may run one beneath the other. Whether it
-does on a GPU is not shown yet: a schedule made without one starts and ends them in a row.
+sum of all its gradients, always before it is read again: results are those of the plain step.
+
+One jitted program holds a whole step. Deferred gradients, the next batch's ids and marks travel
+beside the forward pass, and the backward pass waits for them; early rows travel beside the backward
+pass, and late gradients wait for these. The compiler's latency-hiding scheduler needs to be told
+of such an order: with no dependency at all it moves both exchanges behind the computation, one
+after the other. Compiled for H200s, every byte of them travels beneath matrix products that take
+longer (`jaxrec.distributed.Schedule` reads it, `python -m experiments.overlap_report` draws it).
 
     pipeline = PrioritizedStep(tables, loss, optimizer)
     state = pipeline.start(sharded_state, *batches[0])
@@ -38,6 +42,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax import lax
 
 from jaxrec.distributed.late_exchange import (
     LATE,
@@ -148,6 +153,11 @@ class PrioritizedStep:
             self._growing = GrowingStep(self.tables, self.build, capacity, resize=self._resized)
         return PipelineState(state, ahead, deferred)
 
+    def fetch(self, state: ShardedState, ids: Mapping[str, Any], batch: Any) -> PipelineState:
+        """What `start` does for the capacity as given, whether the batch fits or not; traceable."""
+        sizes = tuple(without_late(self._start_capacity(ids)).items())
+        return PipelineState(state, *self._exchange.begin(state.tables, ids, batch, sizes))
+
     def __call__(
         self, carry: PipelineState, ids: Mapping[str, Any], batch: Any
     ) -> tuple[PipelineState, PrioritizedMetrics]:
@@ -189,10 +199,11 @@ class PrioritizedStep:
         tables = parts.apply_deferred(tables, deferred, report.ok, state.step - 1)
         early, tables = parts.early(tables, plan, marks)
         # The computation.
-        value, aux, params, opt_state, d_rows = dense_step(
+        value, aux, params, opt_state, d_rows, tables = dense_step(
             self.tables, self._loss, self._optimizer, (state.params, state.opt_state),
-            rows, ahead.plan, ahead.batch, report.ok,
+            rows, ahead.plan, ahead.batch, report.ok, beside_forward=tables,
         )  # fmt: skip
+        early, d_rows = lax.optimization_barrier((early, d_rows))
         # Waited for: gradients of rows that the next step reads.
         tables, rest = parts.apply_late(
             tables, ahead.plan, marks, d_rows, limits, report.ok, state.step
@@ -213,9 +224,9 @@ class PrioritizedStep:
         limits = {name: late.shape[2] for name, late in ahead.owner_late.items()}
         rows, tables = parts.with_late(state.tables, ahead, limits)
         tables = parts.apply_deferred(tables, deferred, ok, state.step - 1)
-        value, aux, params, opt_state, d_rows = dense_step(
+        value, aux, params, opt_state, d_rows, tables = dense_step(
             self.tables, self._loss, self._optimizer, (state.params, state.opt_state),
-            rows, ahead.plan, ahead.batch, ok,
+            rows, ahead.plan, ahead.batch, ok, beside_forward=tables,
         )  # fmt: skip
         tables = self.tables.update(tables, ahead.plan, d_rows, state.step)
         new = ShardedState(state.step + 1, tables, params, opt_state)

@@ -180,9 +180,11 @@ def exchanges_and_products(step, arguments):
 
 
 def waits(exchanges, products):
-    """For each exchange: whether it needs a product, and whether a product needs it."""
-    before_products = set().union(*(ancestors(product) for product in products))
-    return [(bool(ancestors(node) & set(products)), node in before_products) for node in exchanges]
+    """For each exchange: whether it needs a product, and which part of the products need it."""
+    before = [ancestors(product) for product in products]
+    needed = [sum(node in own for own in before) / len(products) for node in exchanges]
+    needs = [bool(ancestors(node) & set(products)) for node in exchanges]
+    return list(zip(needs, needed, strict=True))
 
 
 def traced(pipelined):
@@ -203,24 +205,28 @@ def traced(pipelined):
     return exchanges_and_products(pipeline.build(capacity), (carry, ids, batch))
 
 
-def test_the_early_exchange_and_the_computation_do_not_wait_for_each_other():
+def test_what_waits_for_the_computation_and_what_the_computation_waits_for():
     exchanges, products = traced(pipelined=True)
     found = {}
-    for node, (needs, needed) in zip(exchanges, waits(exchanges, products), strict=True):
+    for node, own in zip(exchanges, waits(exchanges, products), strict=True):
         kind = {2: "ids" if node.dtype == jnp.int32 else "marks", 3: f"rows {node.shape[1:2]}"}
-        found.setdefault(kind[len(node.shape)], []).append((needs, needed))
-    assert found["ids"] == [(False, False)]
-    assert found["marks"] == [(False, False)]
-    assert found["rows (14,)"] == [(False, False)] * 2, "deferred gradients and early rows"
+        found.setdefault(kind[len(node.shape)], []).append(own)
+    # Beside the forward pass, which does not wait: the backward pass does.
+    backward = found["ids"][0][1]
+    assert 0 < backward < 1
+    assert found["ids"] == [(False, backward)]
+    # Deferred gradients too; the early rows are sent beside the backward pass.
+    assert found["rows (14,)"] == [(False, backward), (False, 0)]
+    assert found["marks"] == [(False, 0)]
     # What is waited for: late rows before the first product, late gradients after the last.
-    assert found["rows (6,)"] == [(False, True), (True, False)]
+    assert found["rows (6,)"] == [(False, 1), (True, 0)]
     assert len(exchanges) == 6
 
 
 def test_the_plain_exchange_and_the_computation_wait_for_each_other():
     exchanges, products = traced(pipelined=False)
     found = waits(exchanges, products)
-    assert found == [(False, True), (False, True), (True, False)], "ids, rows, gradients"
+    assert found == [(False, 1), (False, 1), (True, 0)], "ids, rows, gradients"
 
 
 def test_tables_are_updated_in_place():
