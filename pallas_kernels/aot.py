@@ -284,6 +284,8 @@ def _mosaic_dump(folder: Path) -> Iterator[None]:
     """Mosaic GPU writes its PTX to `folder` meanwhile; it takes the wish from the environment."""
     importlib.import_module("jax.experimental.mosaic.gpu")  # sets the CUDA root when imported
     wish = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTX": "1"}
+    # XLA's warnings carry stacks, whose names take longer to look up than a program to compile.
+    wish["LLVM_DISABLE_SYMBOLIZATION"] = "1"
     if disassembler := _tool("nvdisasm"):  # a dump disassembles too, and complains without one
         wish["MOSAIC_GPU_CUDA_ROOT"] = str(Path(disassembler).parents[1])
     before = {name: os.environ.get(name) for name in wish}
