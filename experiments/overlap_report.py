@@ -1,4 +1,4 @@
-"""What travels beneath computation in a sharded training step, compiled for H200s without having one.
+"""What travels beneath computation in a sharded training step, compiled for H200s without one.
 
     python -m experiments.overlap_report                      # 8 and 256 of them
     python -m experiments.overlap_report --devices 8 --layers 4
@@ -10,7 +10,7 @@ projections of HSTU; attention, which would hide still more, is left out.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,7 +185,8 @@ def main(options: OverlapReport) -> None:
         for key, unit in (("overlap score", "fraction"), ("waiting ms", "ms"), ("sent MB", "MB"))
     ]
     path = record.write(
-        "overlap_report", config=options, measurements=measurements,
+        "overlap_report", config=asdict(options) | {"folder": None, "results": None},
+        measurements=measurements,
         scratch=options.scratch, folder=options.results,
     )  # fmt: skip
     for name, picture in pictures.items():

@@ -136,21 +136,29 @@ class LateExchange:
         specs = (PartitionSpec(self.axis), PartitionSpec())
         return self.tables.on_devices(local, out_specs=specs)(_asked(first), _asked(second))
 
+    def send_deferred(self, deferred: Deferred) -> Rows:
+        """The batch before's remaining gradients, where their rows are."""
+
+        def local(d_rows):
+            return jax.tree.map(lambda x: swap_boxes(x[0], self.axis)[None], d_rows)
+
+        return self.tables.on_devices(local)(deferred.d_rows)
+
     def apply_deferred(
         self,
         state: dict[str, TableState],
+        received: Rows,
         deferred: Deferred,
         ok: Bool[Array, ""],
         step: Int32[Array, ""],
     ) -> dict[str, TableState]:
-        """The tables with the batch before's remaining gradients applied."""
+        """The tables with the batch before's remaining gradients, `received`, applied."""
 
-        def of_group(name: str, state: TableState, d_rows, rows, ok, step):
-            received = swap_boxes(d_rows, self.axis)
+        def of_group(name: str, state: TableState, received, rows, ok, step):
             runs = find_runs(rows.reshape(-1), self.num_own(name))
             return self.tables.apply_gradients(name, state, received, runs, ok, step)
 
-        others = (deferred.d_rows, deferred.owner_rows)
+        others = (received, deferred.owner_rows)
         return self._each_group(of_group, state, *others, everywhere=(ok, step))
 
     def early(

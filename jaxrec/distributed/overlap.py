@@ -1,14 +1,14 @@
 """What a scheduled program computes while its collectives are under way, and whether that suffices.
 
 Read from the text of a compiled program: each asynchronous collective has a start and a done, and
-the matrix products between them are what it can hide beneath. A second of products hides one
-collective's second only: of those that are under way together the first to start takes it.
+the matrix products between them are what it can hide beneath. Collectives that are under way
+together follow each other on the link, in the order of their starts.
 
     report = compile_for_h200(step, …, mesh=h200_mesh({"data": 8}))
     schedule = Schedule.read(report.hlo_text)
     schedule.overlap_score(Machine.h200(8))         # 1.0: nobody waits for an all-to-all
 
-Products alone are counted, at the full rate of the tensor cores, so a score is a lower bound: what
+Products alone take time, at the full rate of the tensor cores, so a score is a lower bound: what
 lies between them (normalisation, sorting, kernels that tell no operations) hides something as well.
 """
 
@@ -139,20 +139,16 @@ class Schedule:
         return tuple(p for p in self.products if first < p.place < last)
 
     def hidden(self, machine: Machine) -> Mapping[str, float]:
-        """Of each collective the part, 0 to 1, that products beside it have time for."""
-        left = {p.name: p.flops / machine.flops for p in self.products}
-        hidden = {}
-        for collective in self.collectives:
-            needed = wanted = collective.sent_bytes / machine.link_bytes
-            for product in self.beside(collective):
-                taken = min(wanted, left[product.name])
-                left[product.name] -= taken
-                wanted -= taken
-            hidden[collective.name] = 1 - wanted / needed if needed else 1.0
-        return hidden
+        """Of each collective the part of its time, 0 to 1, in which nobody waits for it."""
+        waiting = {span.name: span.seconds for span in timeline(self, machine) if span.waits}
+        seconds = {c.name: c.sent_bytes / machine.link_bytes for c in self.collectives}
+        return {
+            name: 1 - min(1.0, waiting.get(name, 0.0) / own) if own else 1.0
+            for name, own in seconds.items()
+        }
 
     def overlap_score(self, machine: Machine, *kinds: str) -> float:
-        """Bytes that travel beneath products, of all that collectives of these kinds send; 0 to 1.
+        """Bytes that nobody waits for, of all that collectives of these kinds send; 0 to 1.
 
         Args:
           machine: rates.
@@ -168,13 +164,20 @@ class Span:
     """Something that takes time.
 
     Attributes:
-      row: "products", "waiting" for a collective, or a kind of collective.
+      name: of the product or collective.
+      row: "products", "waiting" for the collective, or its kind.
       start, seconds: from the start of the step.
     """
 
+    name: str
     row: str
     start: float
     seconds: float
+
+    @property
+    def waits(self) -> bool:
+        """Nothing is computed meanwhile."""
+        return self.row == "waiting"
 
 
 def timeline(schedule: Schedule, machine: Machine) -> list[Span]:
@@ -189,14 +192,14 @@ def timeline(schedule: Schedule, machine: Machine) -> list[Span]:
     now = link = 0.0
     for place in range(schedule.length):
         if product := products.get(place):
-            spans.append(Span("products", now, product.flops / machine.flops))
+            spans.append(Span(product.name, "products", now, product.flops / machine.flops))
             now += product.flops / machine.flops
         if collective := starts.get(place):
             seconds = collective.sent_bytes / machine.link_bytes
-            spans.append(Span(collective.kind, max(now, link), seconds))
+            spans.append(Span(collective.name, collective.kind, max(now, link), seconds))
             ends[collective.name] = link = max(now, link) + seconds
         if (collective := dones.get(place)) and ends[collective.name] > now:
-            spans.append(Span("waiting", now, ends[collective.name] - now))
+            spans.append(Span(collective.name, "waiting", now, ends[collective.name] - now))
             now = ends[collective.name]
     return spans
 

@@ -10,12 +10,12 @@ Step n trains on batch n and knows the ids of batch n + 1. The owner of each row
 so that only late rows and late gradients are waited for. Each row is updated once a batch by the
 sum of all its gradients, always before it is read again: results are those of the plain step.
 
-One jitted program holds a whole step. Deferred gradients, the next batch's ids and marks travel
-beside the forward pass, and the backward pass waits for them; early rows travel beside the backward
-pass, and late gradients wait for these. The compiler's latency-hiding scheduler needs to be told
-of such an order: with no dependency at all it moves both exchanges behind the computation, one
-after the other. Compiled for H200s, every byte of them travels beneath matrix products that take
-longer (`jaxrec.distributed.Schedule` reads it, `python -m experiments.overlap_report` draws it).
+One jitted program holds a whole step. Deferred gradients travel beside the forward pass, behind the
+late rows, and are applied after it; then the next batch's early rows are read and travel beside the
+backward pass, and late gradients wait for them. Barriers say so: with no dependency at all the
+scheduler moves both exchanges behind the computation, one after the other. Compiled for H200s with
+`XlaOptions()`, both travel beneath matrix products that take longer, on 8 devices and on 256
+(`Schedule` reads it, `python -m experiments.overlap_report` draws it).
 
     pipeline = PrioritizedStep(tables, loss, optimizer)
     state = pipeline.start(sharded_state, *batches[0])
@@ -41,6 +41,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 
@@ -58,7 +59,9 @@ from jaxrec.distributed.sharded_step import (
     GrowingStep,
     ShardedMetrics,
     ShardedState,
+    dense_forward,
     dense_step,
+    dense_update,
     keep_if,
 )
 from jaxrec.typing import PyTree
@@ -192,18 +195,25 @@ class PrioritizedStep:
         limits = {name: capacity[name + LATE] for name in self.tables.groups}
         # Waited for: rows that the step before updated.
         rows, tables = parts.with_late(state.tables, ahead, limits)
-        # Beneath the computation: the next batch's plan, and all that waits for neither batch.
         plan = self.tables.plan(ids, without_late(capacity))
         marks, needed = parts.marks(ahead.plan, plan)
         report = parts.report(plan.report, needed, capacity)
-        tables = parts.apply_deferred(tables, deferred, report.ok, state.step - 1)
+        # Beside the forward pass, and behind the late rows on the link: the batch before's gradients.
+        rows, deferred = lax.optimization_barrier((rows, deferred))
+        received = parts.send_deferred(deferred)
+        value, aux, pull = dense_forward(
+            self.tables, self._loss, state.params, rows, ahead.plan, ahead.batch
+        )
+        value, received = lax.optimization_barrier((value, received))
+        tables = parts.apply_deferred(tables, received, deferred, report.ok, state.step - 1)
         early, tables = parts.early(tables, plan, marks)
-        # The computation.
-        value, aux, params, opt_state, d_rows, tables = dense_step(
-            self.tables, self._loss, self._optimizer, (state.params, state.opt_state),
-            rows, ahead.plan, ahead.batch, report.ok, beside_forward=tables,
-        )  # fmt: skip
+        # Beside the backward pass, which begins when they are read: the next batch's early rows.
+        one, tables = lax.optimization_barrier((jnp.ones_like(value), tables))
+        d_params, d_rows = pull(one)
         early, d_rows = lax.optimization_barrier((early, d_rows))
+        params, opt_state = dense_update(
+            self._optimizer, (state.params, state.opt_state), d_params, report.ok
+        )
         # Waited for: gradients of rows that the next step reads.
         tables, rest = parts.apply_late(
             tables, ahead.plan, marks, d_rows, limits, report.ok, state.step
@@ -223,10 +233,11 @@ class PrioritizedStep:
         ok = ahead.plan.report.ok
         limits = {name: late.shape[2] for name, late in ahead.owner_late.items()}
         rows, tables = parts.with_late(state.tables, ahead, limits)
-        tables = parts.apply_deferred(tables, deferred, ok, state.step - 1)
-        value, aux, params, opt_state, d_rows, tables = dense_step(
+        received = parts.send_deferred(deferred)
+        tables = parts.apply_deferred(tables, received, deferred, ok, state.step - 1)
+        value, aux, params, opt_state, d_rows = dense_step(
             self.tables, self._loss, self._optimizer, (state.params, state.opt_state),
-            rows, ahead.plan, ahead.batch, ok, beside_forward=tables,
+            rows, ahead.plan, ahead.batch, ok,
         )  # fmt: skip
         tables = self.tables.update(tables, ahead.plan, d_rows, state.step)
         new = ShardedState(state.step + 1, tables, params, opt_state)

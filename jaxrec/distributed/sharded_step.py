@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from jaxrec.distributed.sharded_embedding import (
     Capacity,
@@ -95,7 +94,7 @@ def make_sharded_step(
     def step(state: ShardedState, ids: Mapping[str, Any], batch: Any) -> tuple[Any, Any]:
         plan = tables.plan(ids, capacity)
         rows = tables.lookup(state.tables, plan)
-        value, aux, params, opt_state, d_rows, _ = dense_step(
+        value, aux, params, opt_state, d_rows = dense_step(
             tables, loss, optimizer, (state.params, state.opt_state), rows, plan,
             tables.placed(batch), plan.report.ok,
         )  # fmt: skip
@@ -115,25 +114,41 @@ def dense_step(
     plan: EmbeddingPlan,
     batch: Any,
     ok: jax.Array,
-    beside_forward: PyTree = (),
-) -> tuple[jax.Array, PyTree, PyTree, PyTree, Rows, PyTree]:
-    """Loss, aux, next params and optimizer state (as they were unless ok), gradients of rows.
+) -> tuple[jax.Array, PyTree, PyTree, PyTree, Rows]:
+    """Loss, aux, next params and optimizer state (as they were unless ok), gradients of rows."""
+    value, aux, pull = dense_forward(tables, loss, dense[0], rows, plan, batch)
+    d_params, d_rows = pull(jnp.ones_like(value))
+    return value, aux, *dense_update(optimizer, dense, d_params, ok), d_rows
 
-    And `beside_forward` as it is: the backward pass waits for it, so that the scheduler lets what
-    leads to it run beside the forward pass.
-    """
-    params, opt_state = dense
+
+def dense_forward(
+    tables: ShardedTables,
+    loss: EmbeddingLoss,
+    params: PyTree,
+    rows: Rows,
+    plan: EmbeddingPlan,
+    batch: Any,
+) -> tuple[jax.Array, PyTree, Callable[[jax.Array], tuple[PyTree, Rows]]]:
+    """Loss, aux, and what gives the gradients of params and rows for that of the loss."""
 
     def value_of(params: PyTree, rows: Rows) -> tuple[jax.Array, PyTree]:
         return loss(params, tables.embed(rows, plan), batch)
 
     value, pull, aux = jax.vjp(value_of, params, rows, has_aux=True)
-    one, beside_forward = lax.optimization_barrier((jnp.ones_like(value), beside_forward))
-    d_params, d_rows = pull(one)
+    return value, aux, pull
+
+
+def dense_update(
+    optimizer: optax.GradientTransformation,
+    dense: tuple[PyTree, PyTree],
+    d_params: PyTree,
+    ok: jax.Array,
+) -> tuple[PyTree, PyTree]:
+    """Next params and optimizer state, as they were unless ok."""
+    params, opt_state = dense
     updates, next_opt_state = optimizer.update(d_params, opt_state, params)
     next_params = optax.apply_updates(params, updates)
-    kept = keep_if(ok, (next_params, next_opt_state), (params, opt_state))
-    return value, aux, *kept, d_rows, beside_forward
+    return keep_if(ok, (next_params, next_opt_state), (params, opt_state))
 
 
 def keep_if(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:

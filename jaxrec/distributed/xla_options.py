@@ -4,7 +4,7 @@
     step = jax.jit(step, compiler_options=options.compiler_options())
 
 XLA ends the process at an unknown name in XLA_FLAGS, and its names change from month to month: here
-every name and value is tried on the compiler that is installed, and refused with the nearest it has.
+every name and value is tried on the installed compiler, and refused with the nearest that it has.
 """
 
 import difflib
@@ -38,7 +38,11 @@ class XlaOptions:
 
     Attributes:
       latency_hiding: the scheduler moves work between the start and the done of a collective.
-      parallel_collectives: how many may be under way together.
+      start_early: collectives start as soon as what they send is there. Without it the scheduler
+        starts them as late as it believes to suffice, and it takes the link between hosts for as
+        fast as NVLink.
+      parallel_collectives: how many may be under way together; too few, and those that wait long
+        keep an early exchange from starting.
       gradient_bucket_bytes: gradients are summed over devices in buckets of this size, each as soon
         as the backward pass has filled it; None takes the compiler's, 30 MB.
       collectives: where the buffers of all-gathers, permutes and ragged all-to-alls are: "private",
@@ -54,8 +58,9 @@ class XlaOptions:
     """
 
     latency_hiding: bool = True
-    parallel_collectives: int = 1
-    gradient_bucket_bytes: int | None = None
+    start_early: bool = True
+    parallel_collectives: int = 8
+    gradient_bucket_bytes: int | None = 16 << 20
     collectives: Literal["private", "peer", "symmetric"] = "private"
     symmetric_buffers: bool = False
     max_channels: int = 0
@@ -76,6 +81,7 @@ class XlaOptions:
         options: dict[str, Value] = {
             "xla_gpu_enable_latency_hiding_scheduler": self.latency_hiding,
             "xla_gpu_experimental_parallel_collective_overlap_limit": self.parallel_collectives,
+            "xla_gpu_experimental_collective_start_as_early_as_possible": self.start_early,
         }
         if self.gradient_bucket_bytes is not None:
             options["xla_gpu_all_reduce_combine_threshold_bytes"] = self.gradient_bucket_bytes

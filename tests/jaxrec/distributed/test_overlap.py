@@ -62,9 +62,8 @@ def test_collectives_and_what_they_send(schedule):
     assert schedule.beside(waiting) == ()
 
 
-def test_time_is_given_once(schedule):
-    """The first to start takes what it needs of a product, the others what is left."""
-    per_byte = PRODUCT / 120  # the product hides the first exchange exactly
+def test_collectives_hide_beneath_products_one_after_the_other(schedule):
+    per_byte = PRODUCT / 120  # the product takes as long as the first exchange
     machine = Machine(flops=per_byte, link_bytes=1.0)
     hidden = schedule.hidden(machine)
     assert hidden["all-to-all-start"] == pytest.approx(1)

@@ -215,8 +215,8 @@ def test_what_waits_for_the_computation_and_what_the_computation_waits_for():
     backward = found["ids"][0][1]
     assert 0 < backward < 1
     assert found["ids"] == [(False, backward)]
-    # Deferred gradients too; the early rows are sent beside the backward pass.
-    assert found["rows (14,)"] == [(False, backward), (False, 0)]
+    # Deferred gradients too; the early rows are sent behind it, beside the backward pass.
+    assert found["rows (14,)"] == [(False, backward), (True, 0)]
     assert found["marks"] == [(False, 0)]
     # What is waited for: late rows before the first product, late gradients after the last.
     assert found["rows (6,)"] == [(False, 1), (True, 0)]

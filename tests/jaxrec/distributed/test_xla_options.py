@@ -18,15 +18,16 @@ def test_the_compiler_takes_every_option():
         more={"xla_gpu_use_memcpy_local_p2p": True},
     )
     given = options.compiler_options()
-    assert len(given) == 9
+    assert len(given) == 10
     assert given["xla_gpu_all_reduce_combine_threshold_bytes"] == 1 << 20
     step = jax.jit(lambda x: x + 1, compiler_options=given)
     assert step(1) == 2
 
 
 def test_nothing_is_set_that_nobody_asked_for():
-    assert set(XlaOptions().compiler_options()) == {
+    assert set(XlaOptions(gradient_bucket_bytes=None).compiler_options()) == {
         "xla_gpu_enable_latency_hiding_scheduler",
+        "xla_gpu_experimental_collective_start_as_early_as_possible",
         "xla_gpu_experimental_parallel_collective_overlap_limit",
     }
 
