@@ -198,7 +198,7 @@ class PrioritizedStep:
         plan = self.tables.plan(ids, without_late(capacity))
         marks, needed = parts.marks(ahead.plan, plan)
         report = parts.report(plan.report, needed, capacity)
-        # Beside the forward pass, and behind the late rows on the link: the batch before's gradients.
+        # Beside the forward pass, on the link behind the late rows: the batch before's gradients.
         rows, deferred = lax.optimization_barrier((rows, deferred))
         received = parts.send_deferred(deferred)
         value, aux, pull = dense_forward(

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
-from scheduled_exchanges import Exchange, exchanges
 
+from jaxrec.distributed import Schedule
 from jaxrec.nn import MoEConfig, MoELayer
 from jaxrec.ops.expert_parallel import ExpertParallel
 from pallas_kernels.aot import aot_available, compile_for_h200, h200_mesh
@@ -63,10 +63,12 @@ def test_products_of_the_shared_expert_run_while_tokens_travel():
         compiler_options={"xla_gpu_enable_latency_hiding_scheduler": True},
     )
     rows = 8 * parallel.capacity(OWN_TOKENS, SLOTS)
-    found = [e for e in exchanges(report.hlo_text) if e.result == f"bf16[{rows},{WIDTH}]"]
+    schedule = Schedule.read(report.hlo_text)
+    found = [e for e in schedule.collectives if e.result == f"bf16[{rows},{WIDTH}]"]
     assert len(found) == 4, "there and back, forward and backward, and all of them asynchronous"
     assert " all-to-all(" not in report.hlo_text
-    there, back, gradient_there, gradient_back = (exchange.products for exchange in found)
+    products = [[p.result for p in schedule.beside(exchange)] for exchange in found]
+    there, back, gradient_there, gradient_back = products
     hidden, out = f"bf16[{OWN_TOKENS},{SHARED}]", f"bf16[{OWN_TOKENS},{WIDTH}]"
     assert there == [f"bf16[{OWN_TOKENS},{2 * SHARED}]"], "x · W_up"
     assert back == [out], "hidden · W_down"
@@ -76,21 +78,3 @@ def test_products_of_the_shared_expert_run_while_tokens_travel():
     mosaic = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
     kernels = [kernel for kernel in mosaic if "moe_dispatch" not in kernel.name]
     assert len(kernels) == 6, "forward and backward of the device's experts"
-
-
-def test_an_exchange_with_nothing_beside_it_is_seen():
-    hlo = """HloModule m, is_scheduled=true
-
-%fused (p: f32[2]) -> f32[2] {
-  %dot.1 = f32[2]{0} dot(%p, %p)
-}
-
-ENTRY %main (a: f32[2]) -> f32[2] {
-  %all-to-all-start = ((f32[2]{0}), f32[2]{0}) all-to-all-start(%a), dimensions={0}
-  %all-to-all-done = f32[2]{0} all-to-all-done(%all-to-all-start)
-  %all-to-all-start.1 = ((f32[2]{0}), f32[2]{0}) all-to-all-start(%all-to-all-done)
-  %product = f32[2]{0} fusion(%a), kind=kCustom, calls=%fused
-  %all-to-all-done.1 = f32[2]{0} all-to-all-done(%all-to-all-start.1)
-}
-"""
-    assert exchanges(hlo) == [Exchange("f32[2]", []), Exchange("f32[2]", ["f32[2]"])]

@@ -59,7 +59,7 @@ def test_collectives_and_what_they_send(schedule):
     assert waiting.group_size == 4
     assert [p.name for p in schedule.beside(asynchronous)] == ["product"]
     assert [p.name for p in schedule.beside(reduced)] == ["product", "gemm"]
-    assert schedule.beside(waiting) == ()
+    assert schedule.beside(waiting) == (), "nothing beside it is seen"
 
 
 def test_collectives_hide_beneath_products_one_after_the_other(schedule):
