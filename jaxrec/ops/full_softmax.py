@@ -64,7 +64,9 @@ def _backward(max_logits, kept, dloss):
     if len(kept) == 2:
         dhidden, dtable = kept
         return (dloss * dhidden).astype(dhidden.dtype), (dloss * dtable).astype(dtable.dtype), None
-    return *_tiled_backward(*kept, dloss, max_logits), None
+    hidden, table, target_ids, normaliser = kept
+    gradients = _tiled_backward(hidden, table, target_ids, normaliser, dloss, max_logits)
+    return *gradients, None
 
 
 _loss.defvjp(_forward, _backward)

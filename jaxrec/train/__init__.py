@@ -16,13 +16,15 @@ from jaxrec.train.loop import LoopConfig as LoopConfig
 from jaxrec.train.loop import LoopResult as LoopResult
 from jaxrec.train.loop import NonFiniteError as NonFiniteError
 from jaxrec.train.loop import run_loop as run_loop
+from jaxrec.train.objective import LossConfig as LossConfig
+from jaxrec.train.objective import OverArchLoss as OverArchLoss
 from jaxrec.train.optim import OptimizerConfig as OptimizerConfig
 from jaxrec.train.optim import make_optimizer as make_optimizer
 from jaxrec.train.optim import make_schedule as make_schedule
 from jaxrec.train.progress import Progress as Progress
 from jaxrec.train.progress import read_log as read_log
-from jaxrec.train.step import LossConfig as LossConfig
-from jaxrec.train.step import OverArchLoss as OverArchLoss
+from jaxrec.train.row_wise import RowWise as RowWise
+from jaxrec.train.step import CompiledStep as CompiledStep
 from jaxrec.train.step import StepMetrics as StepMetrics
 from jaxrec.train.step import TrainState as TrainState
 from jaxrec.train.step import init_state as init_state

@@ -11,11 +11,10 @@ import numpy as np
 from jaxrec.data import EvalSet, PopularitySampler, Split, item_counts, training_batches
 from jaxrec.train.evaluate import evaluate_ranking, make_rank_fn
 from jaxrec.train.loop import LoopConfig, LoopResult, run_loop
+from jaxrec.train.objective import LossConfig, Sampler
 from jaxrec.train.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxrec.train.progress import Progress
 from jaxrec.train.step import (
-    LossConfig,
-    Sampler,
     TrainState,
     init_state,
     make_step,

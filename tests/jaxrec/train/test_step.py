@@ -20,7 +20,8 @@ from jaxrec.train import (
     make_schedule,
     train,
 )
-from jaxrec.train.step import first_nonfinite, make_step, parameter_names, target_loss
+from jaxrec.train.objective import draw_negatives, target_loss
+from jaxrec.train.step import first_nonfinite, make_step, parameter_names
 
 
 def leaves(tree):
@@ -166,7 +167,8 @@ def test_losses_are_those_of_their_names():
 
     @functools.partial(jax.jit, static_argnums=0)
     def found(config):
-        return target_loss(config, hidden, table, targets, keys[2], SAMPLER)
+        negatives, _ = draw_negatives(config, keys[2], (SAMPLER, SAMPLER), len(targets))
+        return target_loss(config, hidden, table, targets, negatives)
 
     full = found(LossConfig(temperature=2.0))
     expected = jax.jit(full_softmax_loss)(hidden / 2, table, targets)
