@@ -115,7 +115,7 @@ def init_state(
 
 
 def make_step(
-    model: nnx.Module,
+    model: Any,
     optimizer: Optimizer,
     *,
     loss: LossConfig,
@@ -147,10 +147,11 @@ def make_step(
         )
     if isinstance(optimizer, RowWise):
         _check_row_wise(loss, ema_decay)
-    num_items = jax.eval_shape(model.item_embeddings).shape[0] - 1  # pyright: ignore
+    rebuild, own_params = split_params(model)
+    table = jax.eval_shape(lambda params: rebuild(params).item_embeddings(), own_params)
+    num_items = table.shape[0] - 1
     uniform = UniformSampler.create(num_items)
     samplers = jax.device_put((sampler or uniform, overarch_sampler or uniform))
-    rebuild, _ = split_params(model)
 
     def moved_bias(weights: PyTree, bias: PyTree, reports: tuple[MoEReport, ...]) -> PyTree:
         if not jax.tree.leaves(bias):

@@ -149,10 +149,10 @@ def test_gradient_stays_out_of_the_towers_on_request():
         def of(params, loss=loss):
             model: Any = with_params(TwoStage(towers(), mixture(scale=1.0)), params)
             hidden = model.encode(batch)[batch.target_positions]
-            targets, key = jnp.asarray(batch.target_ids), jax.random.key(0)
-            sampler = all_items()
+            targets, sampler = jnp.asarray(batch.target_ids), all_items()
+            drawn = Negatives(jnp.arange(8) + 1, jnp.asarray(sampler.log_q))
             table = model.item_embeddings()
-            return overarch_loss(loss, model.overarch, hidden, table, targets, key, sampler)
+            return overarch_loss(loss, model.overarch, hidden, table, targets, drawn)
 
         grads = jax.jit(jax.grad(of))(nnx.state(TwoStage(towers(), mixture(scale=1.0)), nnx.Param))
         moved = any(np.asarray(g).any() for g in jax.tree.leaves(grads["towers"]))
