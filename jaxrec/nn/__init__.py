@@ -1,5 +1,7 @@
 """Thin Flax (NNX) modules: parameters, and one call into a pure function."""
 
+from jaxrec.nn.flops import ForwardFlops as ForwardFlops
+from jaxrec.nn.flops import forward_flops as forward_flops
 from jaxrec.nn.formula import FormulaError as FormulaError
 from jaxrec.nn.hstu import HSTU as HSTU
 from jaxrec.nn.hstu import HSTUCache as HSTUCache

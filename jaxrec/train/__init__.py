@@ -5,6 +5,7 @@ from jaxrec.train.checkpoint import CheckpointError as CheckpointError
 from jaxrec.train.checkpoint import CheckpointStore as CheckpointStore
 from jaxrec.train.checkpoint import CheckpointWarning as CheckpointWarning
 from jaxrec.train.checkpoint import Restored as Restored
+from jaxrec.train.compile_cache import use_compile_cache as use_compile_cache
 from jaxrec.train.config_diff import ConfigMismatch as ConfigMismatch
 from jaxrec.train.evaluate import evaluate_ranking as evaluate_ranking
 from jaxrec.train.evaluate import make_rank_fn as make_rank_fn
@@ -32,3 +33,6 @@ from jaxrec.train.step import make_step as make_step
 from jaxrec.train.train import TrainConfig as TrainConfig
 from jaxrec.train.train import run_config as run_config
 from jaxrec.train.train import train as train
+from jaxrec.train.utilisation import TrainingFlops as TrainingFlops
+from jaxrec.train.utilisation import peak_flops as peak_flops
+from jaxrec.train.utilisation import training_flops as training_flops

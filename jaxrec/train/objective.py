@@ -134,16 +134,19 @@ def batch_loss(
       module: anything with `encode` and `item_embeddings`.
       num_items: of the catalogue, of which the module may hold only the items that are named here.
     """
-    hidden, reports = encode_with_reports(module, batch, key=dropout_key)
-    hidden = hidden[jnp.asarray(batch.target_positions)]
-    table, target_ids = module.item_embeddings(), jnp.asarray(batch.target_ids)
-    value = target_loss(config, hidden, table, target_ids, negatives[0], num_items=num_items)
-    value = sum((report.loss for report in reports), value)
+    with jax.named_scope("encode"):
+        hidden, reports = encode_with_reports(module, batch, key=dropout_key)
+        hidden = hidden[jnp.asarray(batch.target_positions)]
+        table, target_ids = module.item_embeddings(), jnp.asarray(batch.target_ids)
+    with jax.named_scope("loss"):
+        value = target_loss(config, hidden, table, target_ids, negatives[0], num_items=num_items)
+        value = sum((report.loss for report in reports), value)
     if config.overarch is not None and negatives[1] is not None:
         items = table.astype(hidden.dtype)
-        value += overarch_loss(
-            config.overarch, module.overarch, hidden, items, target_ids, negatives[1]
-        )
+        with jax.named_scope("overarch"):
+            value += overarch_loss(
+                config.overarch, module.overarch, hidden, items, target_ids, negatives[1]
+            )
     return value, reports
 
 

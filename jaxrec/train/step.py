@@ -51,14 +51,16 @@ class StepMetrics(NamedTuple):
 
     `nonfinite` is the number (in `jax.tree.leaves` order) of the first parameter whose gradient
     or new value is not finite, or the number of parameters if only the loss is not; -1 if all is
-    well. Any other step leaves weights, their average and the optimizer as they were. `routers` is
-    the report of each layer of experts; their losses are part of `loss`.
+    well. Any other step leaves weights, their average and the optimizer as they were. `num_pairs`
+    are pairs of tokens of which one attends to the other or to itself, f32. `routers` is the report
+    of each layer of experts; their losses are part of `loss`.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     num_tokens: jax.Array
     num_targets: jax.Array
+    num_pairs: jax.Array
     learning_rate: jax.Array
     nonfinite: jax.Array
     routers: tuple[MoEReport, ...] = ()
@@ -167,10 +169,11 @@ def make_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="rbg"), state.step)
         dropout_key, negatives_key = jax.random.split(key)
         weights, bias = _split_bias(state.params)
-        negatives = draw_negatives(loss, negatives_key, samplers, batch.target_ids.shape[0])
-        part = Part(batch, negatives, weights, state.opt_state)
-        if isinstance(optimizer, RowWise):
-            part = select_rows(weights, state.opt_state, batch, negatives)
+        with jax.named_scope("draw"):
+            negatives = draw_negatives(loss, negatives_key, samplers, batch.target_ids.shape[0])
+            part = Part(batch, negatives, weights, state.opt_state)
+            if isinstance(optimizer, RowWise):
+                part = select_rows(weights, state.opt_state, batch, negatives)
 
         def value_of(own: PyTree) -> tuple[jax.Array, tuple[MoEReport, ...]]:
             module = rebuild(nnx.merge_state(_with_bias(own, bias), part.attributes(model)))
@@ -180,21 +183,23 @@ def make_step(
             )  # fmt: skip
 
         (value, reports), grads = jax.value_and_grad(value_of, has_aux=True)(part.weights)
-        updated, opt_state = _update(optimizer, grads, part, state.step)
-        nonfinite = first_nonfinite(value, grads, updated)
-        guard = partial(jax.tree.map, lambda new, old: jnp.where(nonfinite < 0, new, old))
-        bias = guard(moved_bias(part.weights, bias, reports), bias)
-        updated, opt_state = guard((updated, opt_state), (part.weights, part.opt_state))
-        if part.rows is not None:
-            new = updated, opt_state
-            updated, opt_state = store_rows(weights, state.opt_state, part.rows, new)
-        params = _with_bias(updated, bias)
-        average = guard(_average(state, params, ema_decay), state.ema_params)
+        with jax.named_scope("update"):
+            updated, opt_state = _update(optimizer, grads, part, state.step)
+            nonfinite = first_nonfinite(value, grads, updated)
+            guard = partial(jax.tree.map, lambda new, old: jnp.where(nonfinite < 0, new, old))
+            bias = guard(moved_bias(part.weights, bias, reports), bias)
+            updated, opt_state = guard((updated, opt_state), (part.weights, part.opt_state))
+            if part.rows is not None:
+                new = updated, opt_state
+                updated, opt_state = store_rows(weights, state.opt_state, part.rows, new)
+            params = _with_bias(updated, bias)
+            average = guard(_average(state, params, ema_decay), state.ema_params)
         metrics = StepMetrics(
             loss=value,
             grad_norm=optax.tree.norm(grads),
             num_tokens=batch.seq_offsets[-1],
             num_targets=(batch.target_ids != PADDING_ID).sum(),
+            num_pairs=_num_pairs(jnp.asarray(batch.seq_offsets)),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             nonfinite=nonfinite,
             routers=reports,
@@ -202,6 +207,11 @@ def make_step(
         return TrainState(state.step + 1, params, opt_state, average, state.key), metrics
 
     return CompiledStep(jax.jit(step, donate_argnums=0), samplers)
+
+
+def _num_pairs(seq_offsets: jax.Array) -> jax.Array:
+    lengths = jnp.diff(seq_offsets).astype(jnp.float32)
+    return (lengths * (lengths + 1) / 2).sum()
 
 
 def _update(optimizer: Optimizer, grads: PyTree, part: Part, step: jax.Array) -> tuple[Any, Any]:
