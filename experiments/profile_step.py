@@ -9,24 +9,26 @@ operations are summed by the phase of the step that they belong to: on a CPU ove
 that they may exceed the step's own time.
 """
 
+import argparse
 import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from jax.profiler import ProfileData
 
 from experiments import report
-from experiments.settings import find
+from experiments.settings import find, names
 from experiments.settings.base import build_model, load_split
-from jaxrec.data import training_batches
+from jaxrec.data import Split, training_batches
+from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.train import (
+    TrainConfig,
     init_state,
     make_optimizer,
     make_schedule,
@@ -38,22 +40,6 @@ from jaxrec.train.utilisation import speed_figures
 
 PHASES = ("encode", "loss", "overarch", "draw", "update")
 WARM_UP = 2
-
-
-@dataclass(frozen=True)
-class ProfileStep:
-    """What to profile.
-
-    Attributes:
-      setting: its name.
-      data: the dataset folder, if it is not where the setting expects it.
-      steps: traced, after two that are not.
-    """
-
-    setting: tyro.conf.Positional[str]
-    data: Path | None = None
-    folder: Path = Path("runs/profile")
-    steps: int = 10
 
 
 def phase_of(op_name: str) -> str:
@@ -115,46 +101,32 @@ def by_phase(times: Counter[str], phases: dict[str, str], steps: int) -> list[di
     ]
 
 
-def main(config: ProfileStep) -> None:
+def main() -> None:
     """Runs the steps, writes the trace and prints the tables."""
-    use_compile_cache(config.folder / "compiled")
-    setting = find(config.setting)
-    dataset, split = load_split(config.data or setting.data, min_count=setting.min_count)
-    model, options = build_model(setting, dataset, split, seed=0), setting.train
-    optimizer = make_optimizer(options.optimizer)
-    state = init_state(model, optimizer, seed=0, ema_decay=options.ema_decay)
+    options = _options()
+    use_compile_cache(options.folder / "compiled")
+    setting = find(options.setting)
+    _, split = loaded = load_split(options.data or setting.data, min_count=setting.min_count)
+    model, training = build_model(setting, *loaded, seed=0), setting.train
+    optimizer = make_optimizer(training.optimizer)
+    state = init_state(model, optimizer, seed=0, ema_decay=training.ema_decay)
     step = make_step(
         model,
         optimizer,
-        loss=options.loss,
-        schedule=make_schedule(options.optimizer),
-        ema_decay=options.ema_decay,
+        loss=training.loss,
+        schedule=make_schedule(training.optimizer),
+        ema_decay=training.ema_decay,
     )
-    batches = iter(
-        training_batches(
-            split.train,
-            mode=options.sampling,
-            max_len=model.config.max_len,
-            token_budget=options.token_budget,
-            max_sequences=options.max_sequences,
-            seed=0,
-        )
-    )
-    times: Counter[str] = Counter()
-    started = time.perf_counter()
-    host = [next(batches) for _ in range(WARM_UP + config.steps)]
-    times["making a batch, in a thread"] = (time.perf_counter() - started) / len(host)
-    started = time.perf_counter()
-    placed = jax.block_until_ready([jax.device_put(batch) for batch in host])
-    times["copying it to the device, in that thread"] = (time.perf_counter() - started) / len(host)
-    started = time.perf_counter()
-    program = step.lower(state, placed[0]).compile()
-    times["compiling, once"] = time.perf_counter() - started
+    host, seconds = _timed(lambda: _batches(split, model, training, WARM_UP + options.steps))
+    times = {"making a batch, in a thread": seconds / len(host)}
+    placed, seconds = _timed(lambda: jax.block_until_ready(jax.device_put(host)))
+    times["copying it to the device, in that thread"] = seconds / len(host)
+    program, times["compiling, once"] = _timed(lambda: step.lower(state, placed[0]).compile())
     for batch in placed[:WARM_UP]:
-        state, metrics = step(state, batch)
+        state, _ = step(state, batch)
     jax.block_until_ready(state)
     results = []
-    trace = config.folder / "trace"
+    trace = options.folder / "trace"
     tracing = jax.profiler.ProfileOptions()
     tracing.python_tracer_level = 0  # every call of every function would be an event
     with jax.profiler.trace(str(trace), profiler_options=tracing):
@@ -164,21 +136,47 @@ def main(config: ProfileStep) -> None:
             results.append(metrics)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - started
-    times["a step"] = seconds / config.steps
+    times["a step"] = seconds / options.steps
+    rows = by_phase(device_times(trace), phases_of_program(program.as_text()), options.steps)
+    report.print_table(f"{options.setting}: operations of the device by phase", rows)
+    host_rows = [{"on the host": name, "ms": f"{1e3 * t:.2f}"} for name, t in times.items()]
+    report.print_table("Beside it", host_rows)
     results = jax.device_get(results)
     counts = {
         name: float(sum(getattr(metrics, f"num_{name}") for metrics in results))
         for name in ("tokens", "pairs", "targets")
     }
-    flops = training_flops(model.config, options.loss, split.train.num_items)
-    rows = by_phase(device_times(trace), phases_of_program(program.as_text()), config.steps)
-    report.print_table(f"{config.setting}: operations of the device by phase", rows)
-    host_rows = [{"on the host": name, "ms": f"{1e3 * t:.2f}"} for name, t in times.items()]
-    report.print_table("Beside it", host_rows)
+    flops = training_flops(model.config, training.loss, split.train.num_items)
     speed = speed_figures(seconds, **counts, flops=flops)
     print("  ".join(f"{name} {value:,.4g}" for name, value in speed.items()))
     print(f"trace in {trace}")
 
 
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Profiles a training step.")
+    parser.add_argument("setting", choices=names(), help="a published setting")
+    parser.add_argument("--data", type=Path, help="the dataset, if not where the setting has it")
+    parser.add_argument("--steps", type=int, default=10, help="traced, after two that are not")
+    parser.add_argument("--folder", type=Path, default=Path("runs/profile"))
+    return parser.parse_args()
+
+
+def _timed[T](work: Callable[[], T]) -> tuple[T, float]:
+    started = time.perf_counter()
+    return work(), time.perf_counter() - started
+
+
+def _batches(split: Split, model: Any, training: TrainConfig, count: int) -> list[JaggedBatch]:
+    batches = training_batches(
+        split.train,
+        mode=training.sampling,
+        max_len=model.config.max_len,
+        token_budget=training.token_budget,
+        max_sequences=training.max_sequences,
+        seed=0,
+    )
+    return list(islice(iter(batches), count))
+
+
 if __name__ == "__main__":
-    main(tyro.cli(ProfileStep))
+    main()

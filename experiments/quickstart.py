@@ -443,6 +443,7 @@ def retrieval_figures(retrieval: Mapping[str, Any]) -> str:
 
 def main(config: Quickstart) -> None:
     """Runs the stages."""
+    use_compile_cache(config.run_folder / "compiled")
     if config.stage == "serve":
         serve_stage(config)
         return
