@@ -31,7 +31,7 @@ class TrainingFlops(NamedTuple):
     pair: float
     target: float
 
-    def of(self, *, tokens: float, pairs: float, targets: float) -> float:
+    def of(self, *, tokens: float | int, pairs: float | int, targets: float | int) -> float | int:
         """Of so many."""
         return self.token * tokens + self.pair * pairs + self.target * targets
 
@@ -65,7 +65,12 @@ def memory_bytes() -> int:
 
 
 def speed_figures(
-    seconds: float, *, tokens: float, pairs: float, targets: float, flops: TrainingFlops | None
+    seconds: float | int,
+    *,
+    tokens: float | int,
+    pairs: float | int,
+    targets: float | int,
+    flops: TrainingFlops | None,
 ) -> dict[str, float]:
     """What the progress line shows of a stretch of training.
 

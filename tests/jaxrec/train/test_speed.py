@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from tiny_run import MAX_LEN, Parts, tiny_batches, tiny_split
 
 from jaxrec.data import PrefetchIterator, bucket_sizes, cut_to_bucket
@@ -44,7 +45,7 @@ def linear_flops(jaxpr):
             )
             out = equation.outvars[0].aval.shape
             total += 2 * np.prod(out) * np.prod([left[axis] for axis in contracted])
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             total += linear_flops(inner)
     return total
 
@@ -103,7 +104,6 @@ def test_speed_as_it_is_shown(monkeypatch):
     class Device:
         device_kind = "NVIDIA H200"
 
-    assert module.peak_flops.__name__ != peak_flops.__name__
     assert peak_flops(Device()) == pytest.approx(989.4e12)
 
 
