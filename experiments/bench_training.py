@@ -11,7 +11,7 @@ states of all tokens must agree. Variants:
 
   ours                 what each HSTU block keeps is left to automatic differentiation
   ours, <policy>       or as `jaxrec.ops.hstu_block` says
-  torch, torch.compile eager, and compiled where that works
+  torch, torch.compile eager, and, where asked for or on a GPU, compiled
 
 PyTorch is no dependency: without it, its variants are left out. MFU is the share of the device's
 bf16 peak that the model's own FLOPs take, where that peak is known.
@@ -19,7 +19,7 @@ bf16 peak that the model's own FLOPs take, where that peak is known.
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
@@ -51,6 +51,7 @@ NUM_BATCHES = 4
 EMA_DECAY = 0.999
 OPTIMIZER = OptimizerConfig()
 TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}  # of the largest state
+PEERS = ("torch", "torch.compile")
 POLICIES = ("projections", "attended", "x")
 
 
@@ -141,7 +142,7 @@ def our_step(case: Case, batches: list[JaggedBatch], **changes: Any) -> tuple[An
     state = init_state(model, optimizer, seed=SEED, ema_decay=EMA_DECAY)
     schedule = make_schedule(OPTIMIZER)
     step = make_step(model, optimizer, loss=case.loss, schedule=schedule, ema_decay=EMA_DECAY)
-    analysis = step.lower(state, batches[0]).compile().memory_analysis()
+    analysis: Any = step.lower(state, batches[0]).compile().memory_analysis()
     following = cycle(batches)
 
     def run() -> jax.Array:
@@ -205,7 +206,7 @@ class Measured:
 
 
 def measure(
-    case: Case, repeats: int, policies: tuple[str, ...]
+    case: Case, repeats: int, *, policies: Sequence[str], peers: Sequence[str]
 ) -> tuple[dict[str, Measured], dict[str, Any]]:
     """Every variant that runs, and what was checked, or why it does not run."""
     batches, checks = case.batches(), {}
@@ -216,9 +217,9 @@ def measure(
         for save in policies:
             name = f"ours, {save}"
             calls[name], peaks[name] = our_step(case, batches, save=save)
-    for name, compiled in (("torch", False), ("torch.compile", True)):
+    for name in peers:
         try:
-            calls[name] = torch_step(case, batches, checks, compiled=compiled)
+            calls[name] = torch_step(case, batches, checks, compiled=name == "torch.compile")
         except Exception as error:  # a peer that is missing or fails must not cost the run
             checks[name] = f"{type(error).__name__}: {str(error)[:200]}"
             print(f"skipped {name}: {checks[name]}")
@@ -252,7 +253,9 @@ def main() -> None:
         chosen = {name: quick(case) for name, case in chosen.items()}
     rows, measurements, checks = [], [], {}
     for name, case in chosen.items():
-        found, checks[name] = measure(case, options.repeats, tuple(options.policies))
+        found, checks[name] = measure(
+            case, options.repeats, policies=options.policies, peers=options.peers
+        )
         for variant, measured in found.items():
             rates = figures(case, measured)
             measurements.append(
@@ -290,6 +293,8 @@ def _options() -> argparse.Namespace:
     default = tuple(cases()) if on_gpu else ON_CPU
     parser.add_argument("--cases", nargs="+", choices=list(cases()), default=list(default))
     parser.add_argument("--policies", nargs="*", choices=POLICIES, default=["projections"])
+    peers = PEERS if on_gpu else PEERS[:1]
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(peers))
     parser.add_argument("--repeats", type=int, default=20, help="samples of each variant")
     parser.add_argument("--quick", action="store_true", help="shrinks every case")
     parser.add_argument("--record", action="store_true", help="keeps the result")

@@ -50,9 +50,11 @@ def phase_of(op_name: str) -> str:
     return "other"
 
 
-def phases_of_program(hlo_text: str) -> dict[str, str]:
+def phases_of_program(hlo_text: str | None) -> dict[str, str]:
     """Of every instruction that says where it comes from."""
-    named = re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', hlo_text, re.MULTILINE)
+    named = re.findall(
+        r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', hlo_text or "", re.MULTILINE
+    )
     return {name: phase_of(op_name) for name, op_name in named}
 
 

@@ -58,6 +58,7 @@ from jaxrec.train import (
     read_log,
     run_config,
     train,
+    use_compile_cache,
     with_params,
 )
 

@@ -115,7 +115,7 @@ class TorchTraining:
     def hidden(self, batch: PaddedBatch, *, dropout: float | None = None) -> Any:
         """States of the real tokens; [M, D] in float32."""
         rate = self.config.dropout if dropout is None else dropout
-        encode = hstu if isinstance(self.config, HSTUConfig) else sasrec
+        encode: Any = hstu if isinstance(self.config, HSTUConfig) else sasrec
         states = encode(self.config, self.weights, batch.ids, rate)
         return states.flatten(0, 1)[batch.places]
 

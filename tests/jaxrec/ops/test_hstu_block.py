@@ -1,6 +1,7 @@
 """The block with every saving policy beside its automatic gradient, and what each one keeps."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,8 @@ def test_saved_bytes_are_those_that_vjp_keeps(save):
 
 def test_formula():
     shape = HSTUShape(heads=8, qk_width=64, v_width=128, max_len=1)
-    for save, elements in (("x", 1), ("attended", 2), ("projections", 2 + 3)):
+    policies: list[tuple[Any, int]] = [("x", 1), ("attended", 2), ("projections", 2 + 3)]
+    for save, elements in policies:
         assert hstu_block_saved_bytes(10, 1024, shape, save=save, itemsize=2) == (
             10 * 2 * 1024 * elements
         )
@@ -107,7 +109,7 @@ def test_a_layer_more_costs_what_it_saves(save):
 
         arguments = [jax.ShapeDtypeStruct((tokens, width), jnp.float32), weights]
         arguments.append(jax.ShapeDtypeStruct((65,), jnp.int32))
-        compiled = jax.jit(jax.grad(loss, argnums=1)).lower(*arguments).compile()
+        compiled: Any = jax.jit(jax.grad(loss, argnums=1)).lower(*arguments).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     grown = (temporary(5) - temporary(3)) / 2

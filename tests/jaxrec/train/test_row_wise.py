@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +143,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
         np.testing.assert_array_equal(a, b)
 
 
-def compiled_step(num_items):
+def compiled_step(num_items) -> Any:
     """The step of a model with so many items, from shapes alone."""
     optimizer = make_optimizer(OptimizerConfig(rows="adam"))
     model = nnx.eval_shape(lambda: Towers(num_items=num_items, width=64))
@@ -151,7 +152,8 @@ def compiled_step(num_items):
     )
     loss = LossConfig("sampled", num_negatives=256)
     step = make_step(model, optimizer, loss=loss, schedule=lambda _: 0.1)
-    slots, offsets = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (512, 65))
+    shapes: Any = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (512, 65)]
+    slots, offsets = shapes
     return step.lower(state, JaggedBatch(slots, offsets, slots, slots, slots)).compile()
 
 

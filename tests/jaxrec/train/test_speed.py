@@ -1,6 +1,7 @@
 """The step as the compiler sees it, batches on their way to it, and what is said of its speed."""
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from jaxrec.train import utilisation as module
 
 def test_a_step_never_waits_for_the_host_and_updates_in_place():
     parts = Parts()
-    compiled = parts.step.lower(parts.state, next(parts.batches)).compile()
+    compiled: Any = parts.step.lower(parts.state, next(parts.batches)).compile()
     text = compiled.as_text()
     assert not re.findall(r" (?:infeed|outfeed|send|recv|send-done|recv-done)\(", text)
     assert "callback" not in text
@@ -60,23 +61,22 @@ def linear_flops(jaxpr):
 )
 def test_flops_of_tokens_are_those_of_the_products(model):
     batch = next(tiny_batches(tiny_split()))
-    flops = forward_flops(model.config)
+    flops: Any = forward_flops(model.config)
     assert flops.token * len(batch.item_ids) == linear_flops(jax.make_jaxpr(model.encode)(batch))
 
 
 def test_flops_of_pairs_experts_and_losses():
     hstu = HSTUConfig(5, num_blocks=3, num_heads=2, qk_width=3, v_width=5)
-    assert forward_flops(hstu).pair == 3 * 2 * 2 * (3 + 5)
+    forward: Any = forward_flops(hstu)
+    assert forward.pair == 3 * 2 * 2 * (3 + 5)
     moe = MoEConfig(64, num_experts=4, hidden=6, slots=2, shared_hidden=10)
-    more = forward_flops(HSTUConfig(5, num_blocks=1, moe=moe)).token
-    without = forward_flops(HSTUConfig(5, num_blocks=1)).token
-    assert more - without == 2 * 64 * (4 + 2 * 3 * 6 + 3 * 10)
+    more: Any = forward_flops(HSTUConfig(5, num_blocks=1, moe=moe))
+    without: Any = forward_flops(HSTUConfig(5, num_blocks=1))
+    assert more.token - without.token == 2 * 64 * (4 + 2 * 3 * 6 + 3 * 10)
     assert forward_flops("no model") is None
-    full = training_flops(hstu, LossConfig(), 1000)
-    assert full == TrainingFlops(
-        3 * forward_flops(hstu).token, 3 * forward_flops(hstu).pair, 3 * 2 * 1000 * 64
-    )
-    sampled = training_flops(hstu, LossConfig("sampled", num_negatives=9), 1000)
+    full: Any = training_flops(hstu, LossConfig(), 1000)
+    assert full == TrainingFlops(3 * forward.token, 3 * forward.pair, 3 * 2 * 1000 * 64)
+    sampled: Any = training_flops(hstu, LossConfig("sampled", num_negatives=9), 1000)
     assert sampled.target == 3 * 2 * 10 * 64
     assert full.of(tokens=2, pairs=3, targets=4) == 2 * full[0] + 3 * full[1] + 4 * full[2]
 
@@ -112,7 +112,9 @@ def test_buckets_lose_no_token():
     assert bucket_sizes(100, 3) == (32, 56, 100)
     assert bucket_sizes(16, 9) == (8, 16)
     sizes, seen = bucket_sizes(64, 4), set()
-    for _, batch in zip(range(12), tiny_batches(tiny_split()), strict=False):
+    batches = tiny_batches(tiny_split())
+    batch = next(batches)
+    for _ in range(12):
         cut, used = cut_to_bucket(batch, sizes), batch.seq_offsets[-1]
         slots = len(cut.item_ids)
         seen.add(slots)
@@ -120,6 +122,7 @@ def test_buckets_lose_no_token():
         np.testing.assert_array_equal(cut.item_ids, batch.item_ids[:slots])
         np.testing.assert_array_equal(cut.target_ids[:used], batch.target_ids[:used])
         assert len(cut.target_positions) == len(cut.timestamps) == slots
+        batch = next(batches)
     assert len(seen) > 1, "the last batch of an epoch is smaller"
     prefixes = batch._replace(target_ids=batch.target_ids[:5])
     assert len(cut_to_bucket(prefixes, sizes).target_ids) == 5

@@ -1,5 +1,6 @@
 import functools
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -245,8 +246,10 @@ def test_schedules_at_their_corners():
 
 def test_clipping_and_weight_decay_are_applied():
     params, grads = {"w": jnp.full(4, 2.0)}, {"w": jnp.full(4, 100.0)}
-    clipped = make_optimizer(OptimizerConfig(learning_rate=1.0, clip_norm=1.0, b1=0.0, b2=0.0))
-    plain = make_optimizer(OptimizerConfig(learning_rate=1.0, clip_norm=None, weight_decay=0.25))
+    clipped: Any = make_optimizer(OptimizerConfig(learning_rate=1.0, clip_norm=1.0, b1=0.0, b2=0.0))
+    plain: Any = make_optimizer(
+        OptimizerConfig(learning_rate=1.0, clip_norm=None, weight_decay=0.25)
+    )
     state = clipped.init(params)
     _, state = clipped.update(grads, state, params)
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
