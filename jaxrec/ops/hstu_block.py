@@ -6,6 +6,7 @@
 Letters: T tokens, D width, H heads, P = 2·H·(qk_width + v_width) columns of z, A = H·v_width of a.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -41,7 +42,8 @@ class HSTUWeights(NamedTuple):
     time_bias: Float[jax.Array, "H buckets"] | None = None
 
 
-class HSTUShape(NamedTuple):
+@dataclass(frozen=True)
+class HSTUShape:
     """Static sizes of a block, and the share of its gated output that dropout zeros."""
 
     heads: int
