@@ -312,7 +312,9 @@ class _Run:
         figures["learning_rate"] = last["learning_rate"]
         self.window = []
         self.log.write(self.step, "train", figures)
-        speed = speed_figures(_now() - self.clock, **self.counts, flops=self.flops)
+        speed = {}
+        if self.counts["tokens"]:  # none where an evaluation has just begun a new stretch
+            speed = speed_figures(_now() - self.clock, **self.counts, flops=self.flops)
         self.restart_clock()
         self.progress.update(self.step, {"loss": figures["loss"], **speed})
 
