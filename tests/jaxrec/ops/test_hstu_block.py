@@ -95,6 +95,7 @@ def test_formula():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["x", "projections", None])
 def test_a_layer_more_costs_what_it_saves(save):
     """In the compiled program: what is to be repeated is not kept behind the policy's back."""

@@ -71,14 +71,13 @@ def two_stage():
 
 SAMPLED = LossConfig("sampled", num_negatives=12)
 CASES = {
-    "sampled": (Towers, SAMPLED),
     "gbce, per target": (Towers, LossConfig("gbce", num_negatives=3, per_target=True)),
     "attributes": (with_attributes, SAMPLED),
     "overarch": (two_stage, LossConfig("sampled", 6, overarch=OverArchLoss(num_negatives=5))),
 }
 
 
-def steps(model, optimizer, loss, count=3):
+def steps(model, optimizer, loss, count=2):
     state = init_state(model, optimizer, seed=0)
     step = make_step(model, optimizer, loss=loss, schedule=lambda _: 0.1)
     batches, metrics = tiny_batches(tiny_split()), None
@@ -184,6 +183,7 @@ def test_models_without_item_rows_are_refused():
         init_state(tiny_model(), optimizer, seed=0)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_to_the_bit(tmp_path):
     def run(folder, epochs):
         config = TrainConfig(
