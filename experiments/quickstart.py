@@ -58,6 +58,7 @@ from jaxrec.train import (
     read_log,
     run_config,
     train,
+    use_compile_cache,
     with_params,
 )
 
@@ -443,6 +444,7 @@ def retrieval_figures(retrieval: Mapping[str, Any]) -> str:
 
 def main(config: Quickstart) -> None:
     """Runs the stages."""
+    use_compile_cache(config.run_folder / "compiled")
     if config.stage == "serve":
         serve_stage(config)
         return

@@ -29,6 +29,7 @@ from jaxrec.train import (
     read_log,
     run_config,
     train,
+    use_compile_cache,
 )
 
 ROUTER_FIGURES = ("load", "max_over_mean", "entropy", "dead_experts")
@@ -159,6 +160,7 @@ def main(config: TrainSequence) -> None:
         print("\n".join(names()))
         return
     setting = find(config.setting)
+    use_compile_cache(config.folder / "compiled")
     if config.num_epochs is not None:
         setting = replace(setting, train=replace(setting.train, num_epochs=config.num_epochs))
     dataset, split = load_split(config.data or setting.data, min_count=setting.min_count)

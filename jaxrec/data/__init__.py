@@ -12,7 +12,13 @@ from jaxrec.data.pipeline import TrainingBatches, eval_batches, training_batches
 from jaxrec.data.prefetch import PrefetchIterator, ResumableIterator
 from jaxrec.data.readers import read_events_jsonl, read_movielens, read_sequences
 from jaxrec.data.samplers import PopularitySampler, UniformSampler, item_counts
-from jaxrec.data.samples import SampleIndex, make_batch, make_query_batch
+from jaxrec.data.samples import (
+    SampleIndex,
+    bucket_sizes,
+    cut_to_bucket,
+    make_batch,
+    make_query_batch,
+)
 from jaxrec.data.splits import (
     Split,
     SplitReport,
@@ -46,7 +52,9 @@ __all__ = [
     "TrainingBatches",
     "UniformSampler",
     "Vocabulary",
+    "bucket_sizes",
     "build_interactions",
+    "cut_to_bucket",
     "dataset_of",
     "eval_batches",
     "filter_min_count",

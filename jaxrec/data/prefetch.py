@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from jaxrec.ops.jagged import JaggedBatch
@@ -39,13 +39,24 @@ class PrefetchIterator:
     The sequence of batches and the states are those of `source`: `get_state` is the place behind
     the last batch *returned*, however far the thread is ahead. Errors of the source surface
     at the batch where they happened. `source` must not be used by anyone else.
+
+    Args:
+      place: done to every batch in the thread, such as `jax.device_put`: it is on the device when
+        it is asked for.
     """
 
-    def __init__(self, source: ResumableIterator, depth: int):
+    def __init__(
+        self,
+        source: ResumableIterator,
+        depth: int,
+        *,
+        place: Callable[[JaggedBatch], JaggedBatch] | None = None,
+    ):
         if depth < 1:
             raise ValueError(f"depth is {depth}; expected at least 1.")
         self._source = source
         self._depth = depth
+        self._place = place
         self._state = source.get_state()
         self._worker: tuple[threading.Thread, threading.Event, queue.Queue] | None = None
 
@@ -87,7 +98,10 @@ class PrefetchIterator:
         stop = threading.Event()
         # The thread holds no reference to self, so that a forgotten iterator is collected.
         thread = threading.Thread(
-            target=_work, args=(self._source, ready, stop), name="jaxrec-prefetch", daemon=True
+            target=_work,
+            args=(self._source, self._place, ready, stop),
+            name="jaxrec-prefetch",
+            daemon=True,
         )
         thread.start()
         return thread, stop, ready
@@ -98,12 +112,18 @@ class PrefetchIterator:
             worker[1].set()
 
 
-def _work(source: ResumableIterator, ready: queue.Queue, stop: threading.Event) -> None:
+def _work(
+    source: ResumableIterator,
+    place: Callable[[JaggedBatch], JaggedBatch] | None,
+    ready: queue.Queue,
+    stop: threading.Event,
+) -> None:
     error = None
     while error is None and not stop.is_set():
         batch, state = None, None
         try:
             batch = next(source)
+            batch = batch if place is None else place(batch)
             state = source.get_state()
         except BaseException as caught:  # handed to the caller, StopIteration included
             error = caught

@@ -103,6 +103,33 @@ def make_batch(
     return _with_targets(packed, last, following[ends], slots=max_sequences)
 
 
+def bucket_sizes(token_budget: int, num_buckets: int) -> tuple[int, ...]:
+    """`token_budget` and its halves, quarters …, rising; whole multiples of 8 below the budget."""
+    sizes = {-(-(token_budget >> n) // 8) * 8 for n in range(1, num_buckets)}
+    return (*sorted(size for size in sizes if 0 < size < token_budget), token_budget)
+
+
+def cut_to_bucket(batch: JaggedBatch, sizes: Sequence[int]) -> JaggedBatch:
+    """The batch with as many token slots as the first of `sizes` that holds all its tokens.
+
+    As only unused slots go, it says the same. Targets that stand beside the tokens, one a slot, are
+    cut likewise. A program is compiled for each size that occurs.
+
+    Args:
+      batch: of NumPy arrays, from `make_batch`.
+      sizes: rising; the last is the batch's own.
+    """
+    slots, used = len(batch.item_ids), int(batch.seq_offsets[-1])
+    size = next(size for size in (*sizes, slots) if size >= used)
+    if size >= slots:
+        return batch
+    if len(batch.target_ids) == slots:
+        batch = batch._replace(
+            target_positions=batch.target_positions[:size], target_ids=batch.target_ids[:size]
+        )
+    return batch._replace(item_ids=batch.item_ids[:size], timestamps=batch.timestamps[:size])
+
+
 def make_query_batch(
     histories: SequenceDataset,
     rows: Sequence[int] | Int[np.ndarray, "S"],

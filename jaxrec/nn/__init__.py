@@ -1,9 +1,13 @@
 """Thin Flax (NNX) modules: parameters, and one call into a pure function."""
 
+from jaxrec.nn.flops import ForwardFlops as ForwardFlops
+from jaxrec.nn.flops import forward_flops as forward_flops
 from jaxrec.nn.formula import FormulaError as FormulaError
 from jaxrec.nn.hstu import HSTU as HSTU
 from jaxrec.nn.hstu import HSTUCache as HSTUCache
 from jaxrec.nn.hstu import HSTUConfig as HSTUConfig
+from jaxrec.nn.layers import ItemAttributeIds as ItemAttributeIds
+from jaxrec.nn.layers import ItemRows as ItemRows
 from jaxrec.nn.mixture_of_logits import MixtureOfLogits as MixtureOfLogits
 from jaxrec.nn.mixture_of_logits import MixtureOfLogitsConfig as MixtureOfLogitsConfig
 from jaxrec.nn.moe import ExpertBias as ExpertBias

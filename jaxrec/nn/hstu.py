@@ -13,10 +13,20 @@ from jaxtyping import Bool, Float, Int
 from jaxrec.nn.checks import check_at_least, check_choice, check_heads, check_share
 from jaxrec.nn.layers import ItemEmbedding, LayerNorm, Linear
 from jaxrec.nn.moe import MoEConfig, MoELayer, MoEReport, check_experts, config_from_dict
+from jaxrec.ops.hstu_block import (
+    SAVES,
+    HSTUShape,
+    HSTUWeights,
+    Save,
+    finish,
+    hstu_block,
+    project,
+    split_heads,
+)
 from jaxrec.ops.jagged import JaggedBatch, positions
-from jaxrec.ops.layers import dropout, layer_norm, split_or_none
+from jaxrec.ops.layers import dropout, split_or_none
 from jaxrec.typing import PADDING_ID
-from pallas_kernels import hstu_attention, hstu_attention_cached
+from pallas_kernels import hstu_attention_cached
 
 
 @dataclass(frozen=True)
@@ -31,13 +41,14 @@ class HSTUConfig:
         width / num_heads.
       time_buckets: 0 leaves the time bias out (for data without timestamps).
       absolute_positions: learned embeddings of the position, added to the items'.
+      save: what each block keeps for its gradient; see `jaxrec.ops.hstu_block`.
       moe: experts behind every block's attention, of the model's width; None, as in the paper, for
         no feed-forward network.
 
     Raises:
       ValueError: a size below 1, dropout outside 0 … 1, a width that the heads do not divide
-        although qk_width or v_width follow from it, an unknown compute_dtype, experts of another
-        width.
+        although qk_width or v_width follow from it, an unknown compute_dtype or save, experts of
+        another width.
     """
 
     num_items: int
@@ -54,6 +65,7 @@ class HSTUConfig:
     num_attributes: int = 0
     attribute_slots: int = 0
     moe: MoEConfig | None = None
+    save: Save | None = None
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "HSTUConfig":
@@ -72,6 +84,8 @@ class HSTUConfig:
                 check_at_least(self, **{name: 1})
         check_share(self, "dropout", below_one=True)
         check_choice(self, "compute_dtype", ("float32", "bfloat16"))
+        if self.save is not None:
+            check_choice(self, "save", SAVES)
 
 
 class HSTUCache(NamedTuple):
@@ -122,11 +136,12 @@ class HSTUBlock(nnx.Module):
     def __init__(self, config: HSTUConfig, *, rngs: nnx.Rngs):
         self.config = config
         heads = config.num_heads
-        self.qk_width = config.qk_width or config.width // heads
-        self.v_width = config.v_width or config.width // heads
+        qk_width = config.qk_width or config.width // heads
+        v_width = config.v_width or config.width // heads
+        self.shape = HSTUShape(heads, qk_width, v_width, config.max_len, config.dropout)
         self.norm = LayerNorm(config.width)
-        self.uvqk = Linear(config.width, 2 * heads * (self.qk_width + self.v_width), rngs=rngs)
-        self.out = Linear(heads * self.v_width, config.width, rngs=rngs)
+        self.uvqk = Linear(config.width, 2 * heads * (qk_width + v_width), rngs=rngs)
+        self.out = Linear(heads * v_width, config.width, rngs=rngs)
         self.position_bias = _learned((heads, config.max_len), rngs)
         buckets = config.time_buckets
         self.time_bias = _learned((heads, buckets), rngs) if buckets else None
@@ -140,16 +155,16 @@ class HSTUBlock(nnx.Module):
 
         Dropout and the router's noise only where a key is given.
         """
-        u, q, k, v = self._project(x)
-        attended = hstu_attention(
-            q,
-            k,
-            v,
+        y = hstu_block(
+            x,
+            self._weights(),
             jnp.asarray(batch.seq_offsets),
+            shape=self.shape,
             timestamps=None if self.time_bias is None else jnp.asarray(batch.timestamps),
-            **self._biases(),
+            key=key,
+            save=self.config.save,
         )
-        return self._feed_forward(self._gate(x, attended, u, key), batch, key)
+        return self._feed_forward(y, batch, key)
 
     def extend(
         self,
@@ -159,17 +174,22 @@ class HSTUBlock(nnx.Module):
         arrivals: _Arrivals,
     ) -> tuple[Float[jax.Array, "B N D"], jax.Array, jax.Array]:
         """The block's output for new tokens, and the cache with their keys and values."""
-        u, q, k, v = self._project(x)
+        weights = self._weights()
+        z = project(x, weights)
+        v, q, k = split_heads(z[..., self.shape.gate_columns :], self.shape)
         keys, values = arrivals.insert(keys, k), arrivals.insert(values, v)
         attended = hstu_attention_cached(
             q,
             keys,
             values,
             arrivals.lengths,
+            max_len=self.config.max_len,
+            position_bias=weights.position_bias,
             timestamps=None if self.time_bias is None else arrivals.timestamps,
-            **self._biases(),
+            time_bias=weights.time_bias,
         )
-        x = self._gate(x, attended, u, None)
+        u = z[..., : self.shape.gate_columns]
+        x = finish(x, u, attended.reshape(u.shape), weights)
         if self.moe is not None and self.moe_norm is not None:
             sequences, new = x.shape[:2]
             out, _ = self.moe(
@@ -181,26 +201,19 @@ class HSTUBlock(nnx.Module):
             x = x + out.reshape(x.shape)
         return x, keys, values
 
-    def _project(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """u, and q, k and v by heads."""
-        heads = self.config.num_heads
-        widths = [heads * self.v_width] * 2 + [heads * self.qk_width]
-        ends = [sum(widths[: i + 1]) for i in range(3)]
-        u, v, q, k = jnp.split(jax.nn.silu(self.uvqk(self.norm(x))), ends, axis=-1)
-        return u, *(part.reshape(*x.shape[:-1], heads, -1) for part in (q, k, v))
-
-    def _biases(self) -> dict[str, Any]:
-        return {
-            "max_len": self.config.max_len,
-            "position_bias": self.position_bias[...],
-            "time_bias": None if self.time_bias is None else self.time_bias[...],
-        }
-
-    def _gate(
-        self, x: jax.Array, attended: jax.Array, u: jax.Array, key: jax.Array | None
-    ) -> jax.Array:
-        gated = layer_norm(attended.reshape(u.shape)) * u
-        return x + self.out(dropout(gated, self.config.dropout, key))
+    def _weights(self) -> HSTUWeights:
+        assert self.uvqk.bias is not None
+        assert self.out.bias is not None
+        return HSTUWeights(
+            self.norm.scale[...],
+            self.norm.bias[...],
+            self.uvqk.kernel[...],
+            self.uvqk.bias[...],
+            self.out.kernel[...],
+            self.out.bias[...],
+            self.position_bias[...],
+            None if self.time_bias is None else self.time_bias[...],
+        )
 
     def _feed_forward(
         self, x: jax.Array, batch: JaggedBatch, key: jax.Array | None
@@ -279,7 +292,7 @@ class HSTU(nnx.Module):
         capacity = -(-config.max_len // 8) * 8 if capacity is None else capacity
 
         def room(block: HSTUBlock, width: str) -> jax.Array:
-            shape = (num_sequences, capacity, config.num_heads, getattr(block, width))
+            shape = (num_sequences, capacity, config.num_heads, getattr(block.shape, width))
             return jnp.zeros(shape, config.compute_dtype)
 
         return HSTUCache(

@@ -37,6 +37,10 @@ class LayerNorm(nnx.Module):
         return layer_norm(x, self.scale[...], self.bias[...])
 
 
+class ItemRows(nnx.Param):
+    """One row an item: weights of which a step needs few, so that an optimizer may tell them."""
+
+
 class ItemAttributeIds(nnx.Variable):
     """Which attributes each item has: data that belongs to a model, never trained."""
 
@@ -64,7 +68,7 @@ class ItemEmbedding(nnx.Module):
         attribute_ids: Int[jax.Array | np.ndarray, "V slots"] | None = None,
     ):
         rows = std * jax.random.normal(rngs.params(), (num_items + 1, width))
-        self.table = nnx.Param(rows.at[PADDING_ID].set(0))
+        self.table = ItemRows(rows.at[PADDING_ID].set(0))
         self.attribute_table = self.attribute_ids = nnx.data(None)
         if num_attributes:
             rows = std * jax.random.normal(rngs.params(), (num_attributes + 1, width))

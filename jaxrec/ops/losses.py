@@ -5,106 +5,22 @@ candidate) and the target ids, and return the mean over the targets that are not
 """
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Bool, Float, Int
 
+from jaxrec.ops.full_softmax import NEVER as NEVER
+from jaxrec.ops.full_softmax import full_softmax_loss as full_softmax_loss
 from jaxrec.typing import PADDING_ID
 
-NEVER = -1e30  # the score of what is no candidate; finite, so that no gradient becomes NaN
-MAX_LOGITS = 1 << 22  # logits held at once: 16 MiB, which stays in a CPU's cache
+MAX_GATHERED = 1 << 22  # elements of negatives' rows held at once
 
 
 def _mean_over_targets(losses: jax.Array, target_ids: jax.Array) -> jax.Array:
     real = target_ids != PADDING_ID
     return jnp.where(real, losses, 0).sum() / jnp.maximum(real.sum(), 1)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def full_softmax_loss(
-    hidden: Float[jax.Array, "M D"],
-    table: Float[jax.Array, "V D"],
-    target_ids: Int[jax.Array, "M"],
-    max_logits: int = MAX_LOGITS,
-) -> Float[jax.Array, ""]:
-    """Cross-entropy of the target among all items, without ever holding all logits.
-
-        loss[m] = log Σ_v exp(h[m]·e[v]) - h[m]·e[target[m]],   v = 1 … V-1
-
-    Gradients are made in the same pass, chunk by chunk of rows, so nothing is recomputed.
-
-    Args:
-      hidden, table: of one dtype, bf16 or f32; logits and sums are f32.
-      max_logits: logits held at once (static); rows are taken in equal chunks of that many.
-
-    Cost: 6·M·V·D FLOPs with gradients, 2·M·V·D without; memory max(max_logits, V) logits and
-    one f32 copy of the table. Differentiable once, in reverse.
-    """
-    return _softmax_pass(hidden, table, target_ids, max_logits, with_gradients=False)[0]
-
-
-def _softmax_pass(
-    hidden: jax.Array,
-    table: jax.Array,
-    target_ids: jax.Array,
-    max_logits: int,
-    *,
-    with_gradients: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The loss, and its gradients by hidden and table (zeros unless asked for)."""
-    (num_rows, width), num_items = hidden.shape, table.shape[0]
-    num_chunks = max(1, -(-num_rows // max(1, max_logits // num_items)))
-    chunk = -(-num_rows // num_chunks)
-    padding = num_chunks * chunk - num_rows
-    rows = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(num_chunks, chunk, width)
-    real = target_ids != PADDING_ID
-    weight = (real / jnp.maximum(real.sum(), 1)).astype(jnp.float32)
-    weights = jnp.pad(weight, (0, padding)).reshape(num_chunks, chunk)
-    is_item = jnp.arange(num_items) != PADDING_ID
-
-    def one_chunk(carry, rows_and_weights):
-        loss, dtable = carry
-        h, weight = rows_and_weights
-        logits = jnp.einsum("md,vd->mv", h, table, preferred_element_type=jnp.float32)
-        logits = jnp.where(is_item, logits, NEVER)
-        peak = logits.max(axis=1)
-        exps = jnp.exp(logits - peak[:, None])
-        total = exps.sum(axis=1)
-        loss += (weight * (jnp.log(total) + peak)).sum()
-        if not with_gradients:
-            return (loss, dtable), jnp.zeros_like(h, jnp.float32)
-        # The row factor goes to the small operands: one pass less over all logits.
-        factor, exps = (weight / total)[:, None], exps.astype(h.dtype)
-        dh = jnp.einsum("mv,vd->md", exps, table, preferred_element_type=jnp.float32) * factor
-        scaled = (h * factor).astype(h.dtype)
-        dtable += jnp.einsum("mv,md->vd", exps, scaled, preferred_element_type=jnp.float32)
-        return (loss, dtable), dh
-
-    init = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
-    (loss, dtable), dhidden = jax.lax.scan(one_chunk, init, (rows, weights))
-    target_rows = table[target_ids]
-    scores = jnp.einsum("md,md->m", hidden, target_rows, preferred_element_type=jnp.float32)
-    loss -= (weight * scores).sum()
-    dhidden = dhidden.reshape(-1, width)[:num_rows] - weight[:, None] * target_rows
-    dtable = dtable.at[target_ids].add(-weight[:, None] * hidden)
-    return loss, dhidden.astype(hidden.dtype), dtable.astype(table.dtype)
-
-
-def _softmax_forward(hidden, table, target_ids, max_logits):
-    loss, dhidden, dtable = _softmax_pass(
-        hidden, table, target_ids, max_logits, with_gradients=True
-    )
-    return loss, (dhidden, dtable)
-
-
-def _softmax_backward(max_logits, gradients, dloss):
-    dhidden, dtable = gradients
-    return (dloss * dhidden).astype(dhidden.dtype), (dloss * dtable).astype(dtable.dtype), None
-
-
-full_softmax_loss.defvjp(_softmax_forward, _softmax_backward)
 
 
 def _check_negatives(negative_ids: jax.Array, target_ids: jax.Array) -> None:
@@ -123,10 +39,71 @@ def _score_candidates(
 
     Negatives that are the target itself or padding score `NEVER`.
     """
-    target = jnp.einsum("md,md->m", hidden, table[target_ids], preferred_element_type=jnp.float32)
-    formula = "md,sd->ms" if negative_ids.ndim == 1 else "md,msd->ms"
-    negatives = jnp.einsum(formula, hidden, table[negative_ids], preferred_element_type=jnp.float32)
+    target = gathered_scores(hidden, table, target_ids[:, None])[:, 0]
+    if negative_ids.ndim == 1:
+        rows = table[negative_ids].astype(hidden.dtype)
+        negatives = jnp.einsum("md,sd->ms", hidden, rows, preferred_element_type=jnp.float32)
+    else:
+        negatives = gathered_scores(hidden, table, negative_ids)
     return target, jnp.where(usable_negatives(target_ids, negative_ids), negatives, NEVER)
+
+
+@jax.custom_vjp
+def gathered_scores(
+    hidden: Float[jax.Array, "M D"], table: Float[jax.Array, "V D"], ids: Int[jax.Array, "M S"]
+) -> Float[jax.Array, "M S"]:
+    """h[m] · e[ids[m, s]] in f32, the table's rows gathered for some m at a time.
+
+    Products are computed in the dtype of hidden. The gradient gathers the rows again.
+
+    Cost: 2·M·S·D FLOPs, three times that with gradients; memory `MAX_GATHERED` elements.
+    """
+    split = _gather_chunks(hidden, ids)
+
+    def one_chunk(h_and_ids):
+        h, ids = h_and_ids
+        rows = table[ids].astype(h.dtype)
+        return jnp.einsum("md,msd->ms", h, rows, preferred_element_type=jnp.float32)
+
+    scores = lax.map(one_chunk, (split(hidden), split(ids)))
+    return scores.reshape(-1, ids.shape[1])[: ids.shape[0]]
+
+
+def _gather_chunks(hidden, ids):
+    """A function that cuts rows into chunks of which each gathers `MAX_GATHERED` elements."""
+    num_rows, (width, slots) = ids.shape[0], (hidden.shape[1], ids.shape[1])
+    num_chunks = max(1, -(-num_rows * width * slots // MAX_GATHERED))
+    size = -(-num_rows // num_chunks)
+
+    def split(x):
+        padding = [(0, num_chunks * size - num_rows)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(num_chunks, size, *x.shape[1:])
+
+    return split
+
+
+def _gathered_forward(hidden, table, ids):
+    return gathered_scores(hidden, table, ids), (hidden, table, ids)
+
+
+def _gathered_backward(kept, dscores):
+    hidden, table, ids = kept
+    split = _gather_chunks(hidden, ids)
+
+    def one_chunk(dtable, chunk):
+        h, ids, d = chunk
+        rows = table[ids].astype(h.dtype)
+        dh = jnp.einsum("ms,msd->md", d, rows, preferred_element_type=jnp.float32)
+        drows = d[:, :, None] * h.astype(jnp.float32)[:, None, :]
+        return dtable.at[ids].add(drows), dh
+
+    init = jnp.zeros(table.shape, jnp.float32)
+    dtable, dhidden = lax.scan(one_chunk, init, (split(hidden), split(ids), split(dscores)))
+    dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    return dhidden.astype(hidden.dtype), dtable.astype(table.dtype), None
+
+
+gathered_scores.defvjp(_gathered_forward, _gathered_backward)
 
 
 def sampled_softmax_loss(
@@ -151,8 +128,9 @@ def sampled_softmax_loss(
     Raises:
       ValueError: negative_ids is neither [S] nor [M, S].
 
-    Cost: 2·M·S·D FLOPs forward, three times that with gradients; memory M·S logits, and M·S·D
-    for the rows of [M, S] negatives. Source: Bengio & Senécal 2008 (importance sampling).
+    Cost: 2·M·S·D FLOPs forward, three times that with gradients; memory M·S logits and S rows, or
+    `MAX_GATHERED` elements of rows for [M, S] negatives. Source: Bengio & Senécal 2008 (importance
+    sampling).
     """
     _check_negatives(negative_ids, target_ids)
     target, negatives = _score_candidates(hidden, table, target_ids, negative_ids)
@@ -203,6 +181,7 @@ def gbce_loss(
     negative_ids: Int[jax.Array, "*negatives"],
     *,
     calibration: float = 0.75,
+    num_items: int | None = None,
 ) -> Float[jax.Array, ""]:
     """Binary cross-entropy with the positive's probability raised to β.
 
@@ -212,6 +191,7 @@ def gbce_loss(
       negative_ids: [S] shared by all targets, or [M, S], drawn uniformly. Negatives equal to the
         target, and padding, are dropped.
       calibration: t between 0 (plain BCE) and 1 (probabilities as if all negatives were seen).
+      num_items: V - 1 where the table holds only some of the items' rows; None means its own.
 
     Raises:
       ValueError: negative_ids is neither [S] nor [M, S] or has no draws; calibration outside
@@ -223,12 +203,13 @@ def gbce_loss(
     if not 0 <= calibration <= 1:
         raise ValueError(f"calibration must lie between 0 and 1, got {calibration}")
     _check_negatives(negative_ids, target_ids)
-    if table.shape[0] < 3 or negative_ids.shape[-1] == 0:
+    num_items = table.shape[0] - 1 if num_items is None else num_items
+    if num_items < 2 or negative_ids.shape[-1] == 0:
         raise ValueError(
-            f"gbce_loss needs two items and one negative at least, got a table of "
-            f"{table.shape[0]} rows (row 0 is padding) and negatives {negative_ids.shape}"
+            f"gbce_loss needs two items and one negative at least, got {num_items} items (row 0 of "
+            f"the table is padding) and negatives {negative_ids.shape}"
         )
-    rate = negative_ids.shape[-1] / (table.shape[0] - 2)
+    rate = negative_ids.shape[-1] / (num_items - 1)
     beta = rate * (calibration * (1 - 1 / rate) + 1 / rate)
     target, negatives = _score_candidates(hidden, table, target_ids, negative_ids)
     loss = beta * jax.nn.softplus(-target) + jax.nn.softplus(negatives).sum(axis=1)

@@ -13,9 +13,9 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
-type LearningRate = float | Callable[[jax.Array], jax.Array]
+type LearningRate = float | Callable[[jax.Array], ArrayLike]
 type Moments = tuple[Array, ...]
 
 

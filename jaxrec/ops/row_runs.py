@@ -154,3 +154,14 @@ def _bags_bwd(kept, d_out):
 
 
 sum_bags.defvjp(_bags_fwd, _bags_bwd)
+
+
+def number_distinct(
+    keys: Int[Array, "N"], limit: int
+) -> tuple[Int32[Array, "N"], Int32[Array, "N"]]:
+    """(distinct keys in rising order, `limit` behind the last; the number of each key among them).
+
+    distinct[number] == keys. Keys are below `limit`.
+    """
+    distinct = find_runs(keys, limit).distinct(fill=limit)
+    return distinct, jnp.searchsorted(distinct, keys).astype(jnp.int32)

@@ -5,6 +5,7 @@ from jaxrec.train.checkpoint import CheckpointError as CheckpointError
 from jaxrec.train.checkpoint import CheckpointStore as CheckpointStore
 from jaxrec.train.checkpoint import CheckpointWarning as CheckpointWarning
 from jaxrec.train.checkpoint import Restored as Restored
+from jaxrec.train.compile_cache import use_compile_cache as use_compile_cache
 from jaxrec.train.config_diff import ConfigMismatch as ConfigMismatch
 from jaxrec.train.evaluate import evaluate_ranking as evaluate_ranking
 from jaxrec.train.evaluate import make_rank_fn as make_rank_fn
@@ -16,13 +17,15 @@ from jaxrec.train.loop import LoopConfig as LoopConfig
 from jaxrec.train.loop import LoopResult as LoopResult
 from jaxrec.train.loop import NonFiniteError as NonFiniteError
 from jaxrec.train.loop import run_loop as run_loop
+from jaxrec.train.objective import LossConfig as LossConfig
+from jaxrec.train.objective import OverArchLoss as OverArchLoss
 from jaxrec.train.optim import OptimizerConfig as OptimizerConfig
 from jaxrec.train.optim import make_optimizer as make_optimizer
 from jaxrec.train.optim import make_schedule as make_schedule
 from jaxrec.train.progress import Progress as Progress
 from jaxrec.train.progress import read_log as read_log
-from jaxrec.train.step import LossConfig as LossConfig
-from jaxrec.train.step import OverArchLoss as OverArchLoss
+from jaxrec.train.row_wise import RowWise as RowWise
+from jaxrec.train.step import CompiledStep as CompiledStep
 from jaxrec.train.step import StepMetrics as StepMetrics
 from jaxrec.train.step import TrainState as TrainState
 from jaxrec.train.step import init_state as init_state
@@ -30,3 +33,6 @@ from jaxrec.train.step import make_step as make_step
 from jaxrec.train.train import TrainConfig as TrainConfig
 from jaxrec.train.train import run_config as run_config
 from jaxrec.train.train import train as train
+from jaxrec.train.utilisation import TrainingFlops as TrainingFlops
+from jaxrec.train.utilisation import peak_flops as peak_flops
+from jaxrec.train.utilisation import training_flops as training_flops

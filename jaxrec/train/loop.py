@@ -16,6 +16,7 @@ from jaxrec.train.checkpoint import CheckpointError, CheckpointStore, Checkpoint
 from jaxrec.train.progress import Progress, RunLog, make_progress
 from jaxrec.train.signals import StopSignals
 from jaxrec.train.step import StepMetrics, TrainState, TrainStep
+from jaxrec.train.utilisation import TrainingFlops, speed_figures
 
 type Evaluate = Callable[[TrainState], Mapping[str, float]]
 type Evaluation = dict[str, float | int]
@@ -109,6 +110,7 @@ def run_loop(
     param_names: Sequence[str],
     put_batch: Callable[[JaggedBatch], JaggedBatch] = lambda batch: batch,
     progress: Progress | None = None,
+    flops: TrainingFlops | None = None,
 ) -> LoopResult:
     """Trains until `num_steps`, early stop or a signal; called again, it goes on from there.
 
@@ -126,6 +128,8 @@ def run_loop(
       param_names: name of every leaf of `state.params`, for errors.
       put_batch: places a batch on the devices.
       progress: None shows a bar on a terminal and prints lines elsewhere; `Progress()` is quiet.
+        It is told of every shape of batches that the step was compiled for.
+      flops: of the model, so that the progress line shows what of the device's peak is used.
 
     Raises:
       NonFiniteError: NaN or infinity; the last good weights are saved first.
@@ -135,7 +139,7 @@ def run_loop(
     """
     full_config = {**model_config, "loop": asdict(config)}
     with CheckpointStore(folder, keep=config.keep, best_metric=config.monitor) as store:
-        run = _Run(store, config, full_config, batches, param_names)
+        run = _Run(store, config, full_config, batches, param_names, flops)
         state = run.resume(state, allowed=resume)
         run.log = RunLog(store.folder, run.step)
         run.progress = make_progress(run.step, config.num_steps) if progress is None else progress
@@ -148,6 +152,9 @@ def run_loop(
         finally:
             run.progress.close()
             run.log.close()
+
+
+_now = time.monotonic
 
 
 class _Run:
@@ -163,15 +170,21 @@ class _Run:
         full_config: Mapping[str, Any],
         batches: Any,
         param_names: Sequence[str],
+        flops: TrainingFlops | None,
     ):
         self.store, self.config, self.full_config = store, config, full_config
-        self.batches, self.param_names = batches, param_names
+        self.batches, self.param_names, self.flops = batches, param_names, flops
         self.step, self.saved_step = 0, -1
         self.history: list[Evaluation] = []
         # Step metrics on their way from the device, then those waiting for the next log line.
         self.in_flight: list[tuple[int, StepMetrics]] = []
         self.window: list[dict[str, Any]] = []
-        self.tokens, self.clock = 0, time.monotonic()
+        self.shapes: set[tuple[tuple[int, ...], ...]] = set()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begins a new stretch of training to measure the speed of."""
+        self.counts, self.clock = dict.fromkeys(("tokens", "pairs", "targets"), 0.0), _now()
 
     def resume(self, state: TrainState, *, allowed: bool) -> TrainState:
         """The newest checkpoint's state, or `state` in an empty folder."""
@@ -201,7 +214,7 @@ class _Run:
         """The loop proper; returns the last state and why it ended."""
         config = self.config
         why = "patience" if self.out_of_patience else ""
-        self.clock = time.monotonic()
+        self.restart_clock()
         while not why:
             if self.step >= config.num_steps:
                 why = "done"
@@ -210,7 +223,7 @@ class _Run:
             if batch is None:
                 why = "out of batches"
                 break
-            state, metrics = step_fn(state, put_batch(batch))
+            state, metrics = self.run_step(step_fn, state, put_batch(batch))
             self.step += 1
             self.in_flight.append((self.step, metrics))
             logging = self.due(config.log_every)
@@ -231,6 +244,24 @@ class _Run:
             self.write_window()
         return state, why
 
+    def run_step(
+        self, step_fn: TrainStep, state: TrainState, batch: JaggedBatch
+    ) -> tuple[TrainState, StepMetrics]:
+        """One step; where its batch has a new shape, tells how long compiling took."""
+        shape = tuple(part.shape for part in batch)
+        if shape in self.shapes:
+            return step_fn(state, batch)
+        self.shapes.add(shape)
+        self.check(state)  # what ran before does not count towards the speed of what follows
+        started = _now()
+        state, metrics = step_fn(state, batch)
+        self.progress.note(
+            f"step {self.step + 1}: program {len(self.shapes)}, for batches of "
+            f"{len(batch.item_ids):,} token slots, ready after {_now() - started:.1f} s"
+        )
+        self.restart_clock()
+        return state, metrics
+
     def due(self, every: int) -> bool:
         """Whether something done every so many steps is due now; 0 is never."""
         return every > 0 and self.step % every == 0
@@ -244,7 +275,8 @@ class _Run:
             if metrics.nonfinite >= 0:
                 self.save(state)
                 raise NonFiniteError(self._nonfinite_message(step, metrics))
-            self.tokens += int(metrics.num_tokens)
+            for name in self.counts:
+                self.counts[name] += float(getattr(metrics, f"num_{name}"))
             self.window.append(
                 {
                     "loss": float(metrics.loss),
@@ -280,9 +312,11 @@ class _Run:
         figures["learning_rate"] = last["learning_rate"]
         self.window = []
         self.log.write(self.step, "train", figures)
-        rate = self.tokens / max(time.monotonic() - self.clock, 1e-9)
-        self.tokens, self.clock = 0, time.monotonic()
-        self.progress.update(self.step, {"loss": figures["loss"], "tokens/s": rate})
+        speed = {}
+        if self.counts["tokens"]:  # none where an evaluation has just begun a new stretch
+            speed = speed_figures(_now() - self.clock, **self.counts, flops=self.flops)
+        self.restart_clock()
+        self.progress.update(self.step, {"loss": figures["loss"], **speed})
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Notes an evaluation, and starts the clock of the token rate again."""
@@ -296,7 +330,7 @@ class _Run:
         self.log.write(self.step, "eval", metrics)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.progress.note(f"step {self.step}: {shown}")
-        self.tokens, self.clock = 0, time.monotonic()
+        self.restart_clock()
 
     @property
     def best(self) -> Evaluation | None:

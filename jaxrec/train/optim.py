@@ -1,8 +1,12 @@
 """Optimizers and schedules."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import optax
+
+from jaxrec.ops.row_optimizers import RowAdagrad, RowAdam
+from jaxrec.train.row_wise import RowWise
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,10 @@ class OptimizerConfig:
         rate; None keeps the rate.
       weight_decay: decoupled, on every parameter.
       clip_norm: None clips nothing.
+      rows: None updates all item rows in every step. "adam" and "adagrad" update only those that
+        the step names (see `RowWise`), for catalogues of millions: no row decays, and a row's
+        moments know only its own steps. "adam" has this configuration's b1 and b2 and 8·D + 4 bytes
+        of moments a row, "adagrad" 4 bytes.
     """
 
     learning_rate: float = 1e-3
@@ -26,6 +34,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     clip_norm: float | None = 5.0
+    rows: Literal["adam", "adagrad"] | None = None
 
     def __post_init__(self):
         checks = {
@@ -36,6 +45,7 @@ class OptimizerConfig:
             "weight_decay": (self.weight_decay >= 0, "0 or more"),
             "b1": (0 <= self.b1 < 1, "from 0, below 1"),
             "b2": (0 <= self.b2 < 1, "from 0, below 1"),
+            "rows": (self.rows in (None, "adam", "adagrad"), "None, adam or adagrad"),
             "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "None, or above 0"),
         }
         for name, (good, expected) in checks.items():
@@ -58,12 +68,20 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
     return optax.constant_schedule(config.learning_rate)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation | RowWise:
     """The configured chain: clip, Adam, decoupled weight decay, learning rate."""
-    parts = []
-    if config.clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
-    parts.append(optax.scale_by_adam(config.b1, config.b2))
+    schedule = make_schedule(config)
+    parts = [optax.scale_by_adam(config.b1, config.b2)]
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay))
-    return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(config)))
+    parts.append(optax.scale_by_learning_rate(schedule))
+    if config.rows is not None:
+        rows = (
+            RowAdagrad(schedule)
+            if config.rows == "adagrad"
+            else RowAdam(schedule, config.b1, config.b2)
+        )
+        return RowWise(rows, optax.chain(*parts), config.clip_norm)
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    return optax.chain(*parts)

@@ -2,34 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from jaxrec.data import PopularitySampler, UniformSampler
+from jaxrec.data import UniformSampler
 from jaxrec.functional import copy_params, leaf_names, split_params
-from jaxrec.nn import (
-    ExpertBias,
-    MoEReport,
-    encode_with_reports,
-    overarch_of,
-    update_expert_bias,
-)
+from jaxrec.nn import ExpertBias, MoEReport, overarch_of, update_expert_bias
 from jaxrec.ops.jagged import JaggedBatch
-from jaxrec.ops.losses import (
-    full_softmax_loss,
-    gbce_loss,
-    sampled_softmax_loss,
-    scored_softmax_loss,
-    usable_negatives,
-)
+from jaxrec.train.objective import LossConfig, Sampler, batch_loss, draw_negatives
+from jaxrec.train.row_wise import Part, RowWise, select_rows, store_rows
 from jaxrec.typing import PADDING_ID, PyTree
-
-type Sampler = UniformSampler | PopularitySampler
 
 
 class TrainState(NamedTuple):
@@ -63,149 +51,54 @@ class StepMetrics(NamedTuple):
 
     `nonfinite` is the number (in `jax.tree.leaves` order) of the first parameter whose gradient
     or new value is not finite, or the number of parameters if only the loss is not; -1 if all is
-    well. Any other step leaves weights, their average and the optimizer as they were. `routers` is
-    the report of each layer of experts; their losses are part of `loss`.
+    well. Any other step leaves weights, their average and the optimizer as they were. `num_pairs`
+    are pairs of tokens of which one attends to the other or to itself, f32. `routers` is the report
+    of each layer of experts; their losses are part of `loss`.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     num_tokens: jax.Array
     num_targets: jax.Array
+    num_pairs: jax.Array
     learning_rate: jax.Array
     nonfinite: jax.Array
     routers: tuple[MoEReport, ...] = ()
 
 
+type Optimizer = optax.GradientTransformation | RowWise
 type TrainStep = Callable[[TrainState, JaggedBatch], tuple[TrainState, StepMetrics]]
 
 
 @dataclass(frozen=True)
-class OverArchLoss:
-    """How an over-arch is trained beside its towers: a sampled softmax over its own scores.
+class CompiledStep:
+    """The step of `make_step`: one jitted call, compiled once for each shape of batches.
 
     Attributes:
-      weight: of this loss; the towers' has 1.
-      num_negatives: items drawn, shared by the batch.
-      negatives: "uniform", or "popularity" (count + 1) ** 0.75; the loss corrects for either.
-      train_towers: whether its gradient reaches the towers; False trains the over-arch alone.
+      jitted: of (state, batch, samplers).
+      samplers: of the loss's negatives, and of the over-arch's; on the device.
     """
 
-    weight: float = 1.0
-    num_negatives: int = 256
-    negatives: Literal["uniform", "popularity"] = "uniform"
-    train_towers: bool = True
+    jitted: Any
+    samplers: tuple[Sampler, Sampler]
 
-    def __post_init__(self):
-        if self.negatives not in ("uniform", "popularity"):
-            raise ValueError(
-                f"unknown negatives {self.negatives!r}; expected uniform or popularity"
-            )
-        if self.num_negatives < 1:
-            raise ValueError(f"num_negatives is {self.num_negatives}; expected at least 1")
-        if not self.weight > 0:
-            raise ValueError(f"weight is {self.weight}; expected a number above 0")
+    def __call__(self, state: TrainState, batch: JaggedBatch) -> tuple[TrainState, StepMetrics]:
+        """Runs the step."""
+        return self.jitted(state, batch, self.samplers)
 
+    def lower(self, state: Any, batch: Any) -> jax.stages.Lowered:
+        """The step for a state and a batch of these shapes, ready to be compiled and looked at."""
+        return self.jitted.lower(state, batch, self.samplers)
 
-@dataclass(frozen=True)
-class LossConfig:
-    """Which loss, and its negatives.
-
-    Attributes:
-      name: "full" softmax, "sampled" softmax or "gbce".
-      num_negatives: items drawn, shared by the batch unless `per_target`.
-      negatives: "uniform", or "popularity" (count + 1) ** 0.75; the sampled softmax corrects for
-        either.
-      per_target: draws negatives for every target on its own.
-      temperature: scores are divided by it.
-      calibration: gBCE's t.
-      overarch: loss of the model's over-arch, added to this; None for a model without one.
-    """
-
-    name: Literal["full", "sampled", "gbce"] = "full"
-    num_negatives: int = 256
-    negatives: Literal["uniform", "popularity"] = "uniform"
-    per_target: bool = False
-    temperature: float = 1.0
-    calibration: float = 0.75
-    overarch: OverArchLoss | None = None
-
-    def __post_init__(self):
-        if self.name not in ("full", "sampled", "gbce"):
-            raise ValueError(f"unknown loss {self.name!r}; expected full, sampled or gbce")
-        if self.negatives not in ("uniform", "popularity"):
-            raise ValueError(
-                f"unknown negatives {self.negatives!r}; expected uniform or popularity"
-            )
-        if self.num_negatives < 1:
-            raise ValueError(f"num_negatives is {self.num_negatives}; expected at least 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; expected a number above 0")
-        if not 0 <= self.calibration <= 1:
-            raise ValueError(f"calibration is {self.calibration}; expected 0 to 1")
-
-
-def target_loss(
-    config: LossConfig,
-    hidden: Float[jax.Array, "M D"],
-    table: Float[jax.Array, "V D"],
-    target_ids: Int[jax.Array, "M"],
-    key: jax.Array,
-    sampler: Sampler,
-) -> Float[jax.Array, ""]:
-    """The configured loss, its negatives drawn by `sampler`."""
-    hidden = hidden / config.temperature
-    if config.name == "full":
-        return full_softmax_loss(hidden, table, target_ids)
-    shape = (config.num_negatives,)
-    if config.per_target:
-        shape = (target_ids.shape[0], *shape)
-    negatives = sampler.draw(key, shape)
-    if config.name == "sampled":
-        log_q = jnp.asarray(sampler.log_q)
-        return sampled_softmax_loss(hidden, table, target_ids, negatives, log_q=log_q)
-    return gbce_loss(hidden, table, target_ids, negatives, calibration=config.calibration)
-
-
-def overarch_loss(
-    config: OverArchLoss,
-    overarch: Any,
-    hidden: Float[jax.Array, "M D"],
-    table: Float[jax.Array, "V D"],
-    target_ids: Int[jax.Array, "M"],
-    key: jax.Array,
-    sampler: Sampler,
-) -> Float[jax.Array, ""]:
-    """Sampled softmax with the over-arch as the similarity.
-
-    Pointwise over-archs score the shared negatives once for all; a listwise one scores each
-    target together with the negatives, first in a list whose order it does not see.
-    """
-    if not config.train_towers:
-        hidden, table = jax.lax.stop_gradient((hidden, table))
-    negatives = sampler.draw(key, (config.num_negatives,))
-    usable = usable_negatives(target_ids, negatives)
-    components = overarch.item_components(table)
-    target = jax.tree.map(lambda column: column[target_ids][:, None], components)
-    shared = jax.tree.map(lambda column: column[negatives][None], components)
-    present = jnp.ones((*target_ids.shape, 1), bool)
-    if overarch.listwise:
-        beside = jax.tree.map(
-            lambda s, t: jnp.broadcast_to(s, (*t.shape[:1], *s.shape[1:])), shared, target
-        )
-        listed = jax.tree.map(lambda t, s: jnp.concatenate([t, s], axis=1), target, beside)
-        scores = overarch(hidden, listed, jnp.concatenate([present, usable], axis=1))
-        target_scores, negative_scores = scores[:, 0], scores[:, 1:]
-    else:
-        target_scores = overarch(hidden, target, present)[:, 0]
-        negative_scores = overarch(hidden, shared, usable)
-    log_q = jnp.asarray(sampler.log_q)
-    loss = scored_softmax_loss(target_scores, negative_scores, target_ids, negatives, log_q=log_q)
-    return config.weight * loss
+    @property
+    def num_compiled(self) -> int:
+        """Programs compiled so far."""
+        return self.jitted._cache_size()
 
 
 def init_state(
     model: nnx.Module,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     seed: int,
     ema_decay: float | None = None,
@@ -224,15 +117,15 @@ def init_state(
 
 
 def make_step(
-    model: nnx.Module,
-    optimizer: optax.GradientTransformation,
+    model: Any,
+    optimizer: Optimizer,
     *,
     loss: LossConfig,
     schedule: optax.Schedule,
     ema_decay: float | None = None,
     sampler: Sampler | None = None,
     overarch_sampler: Sampler | None = None,
-) -> TrainStep:
+) -> CompiledStep:
     """Builds the jitted step of `model` (anything with `encode` and `item_embeddings`).
 
     A model with `encode_with_reports` and `moe_layers` is trained with its routers' losses, and
@@ -241,9 +134,12 @@ def make_step(
     The state is donated: use the returned one. `ema_decay` must be that of `init_state`.
     `sampler` draws the negatives, `overarch_sampler` the over-arch's; None draws uniformly.
 
+    With a `RowWise` optimizer nothing in the step is as large as the item table: the rows that a
+    batch and its negatives name are read, trained, and written back in place.
+
     Raises:
       ValueError: the model has an over-arch and the loss is not told how to train it, or the
-        other way about.
+        other way about; item rows alone with the full softmax or with averaged weights.
     """
     _check_decay(ema_decay)
     if (overarch_of(model) is None) != (loss.overarch is None):
@@ -251,31 +147,13 @@ def make_step(
             "a model with an over-arch is trained with LossConfig(overarch=OverArchLoss(...)), "
             "one without it with overarch=None"
         )
-    num_items = jax.eval_shape(model.item_embeddings).shape[0] - 1  # pyright: ignore
-    drawn = UniformSampler.create(num_items) if sampler is None else sampler
-    drawn_for_overarch = (
-        UniformSampler.create(num_items) if overarch_sampler is None else overarch_sampler
-    )
-    rebuild, _ = split_params(model)
-
-    def batch_loss(
-        weights: PyTree, bias: PyTree, batch: JaggedBatch, key: jax.Array
-    ) -> tuple[jax.Array, tuple[MoEReport, ...]]:
-        module: Any = rebuild(_with_bias(weights, bias))
-        dropout_key, negatives_key = jax.random.split(key)
-        hidden, reports = encode_with_reports(module, batch, key=dropout_key)
-        hidden = hidden[batch.target_positions]
-        table = module.item_embeddings().astype(hidden.dtype)
-        target_ids = jnp.asarray(batch.target_ids)
-        value = target_loss(loss, hidden, table, target_ids, negatives_key, drawn)
-        value = sum((report.loss for report in reports), value)
-        if loss.overarch is None:
-            return value, reports
-        key = jax.random.fold_in(negatives_key, 1)
-        value += overarch_loss(
-            loss.overarch, module.overarch, hidden, table, target_ids, key, drawn_for_overarch
-        )
-        return value, reports
+    if isinstance(optimizer, RowWise):
+        _check_row_wise(loss, ema_decay)
+    rebuild, own_params = split_params(model)
+    table = jax.eval_shape(lambda params: rebuild(params).item_embeddings(), own_params)
+    num_items = table.shape[0] - 1
+    uniform = UniformSampler.create(num_items)
+    samplers = jax.device_put((sampler or uniform, overarch_sampler or uniform))
 
     def moved_bias(weights: PyTree, bias: PyTree, reports: tuple[MoEReport, ...]) -> PyTree:
         if not jax.tree.leaves(bias):
@@ -285,31 +163,76 @@ def make_step(
         update_expert_bias(module, reports)
         return nnx.state(module, ExpertBias)
 
-    def step(state: TrainState, batch: JaggedBatch) -> tuple[TrainState, StepMetrics]:
+    def step(
+        state: TrainState, batch: JaggedBatch, samplers: tuple[Sampler, Sampler]
+    ) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="rbg"), state.step)
+        dropout_key, negatives_key = jax.random.split(key)
         weights, bias = _split_bias(state.params)
-        gradient = jax.value_and_grad(batch_loss, has_aux=True)
-        (value, reports), grads = gradient(weights, bias, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, weights)
-        updated = optax.apply_updates(weights, updates)
-        nonfinite = first_nonfinite(value, grads, updated)
-        params = _with_bias(updated, moved_bias(weights, bias, reports))
-        new = TrainState(
-            state.step, params, opt_state, _average(state, params, ema_decay), state.key
-        )
-        new = jax.tree.map(lambda a, b: jnp.where(nonfinite < 0, a, b), new, state)
+        with jax.named_scope("draw"):
+            negatives = draw_negatives(loss, negatives_key, samplers, batch.target_ids.shape[0])
+            part = Part(batch, negatives, weights, state.opt_state)
+            if isinstance(optimizer, RowWise):
+                part = select_rows(weights, state.opt_state, batch, negatives)
+
+        def value_of(own: PyTree) -> tuple[jax.Array, tuple[MoEReport, ...]]:
+            module = rebuild(nnx.merge_state(_with_bias(own, bias), part.attributes(model)))
+            return batch_loss(
+                module, loss, part.batch, part.negatives,
+                num_items=num_items, dropout_key=dropout_key,
+            )  # fmt: skip
+
+        (value, reports), grads = jax.value_and_grad(value_of, has_aux=True)(part.weights)
+        with jax.named_scope("update"):
+            updated, opt_state = _update(optimizer, grads, part, state.step)
+            nonfinite = first_nonfinite(value, grads, updated)
+            guard = partial(jax.tree.map, lambda new, old: jnp.where(nonfinite < 0, new, old))
+            bias = guard(moved_bias(part.weights, bias, reports), bias)
+            updated, opt_state = guard((updated, opt_state), (part.weights, part.opt_state))
+            if part.rows is not None:
+                new = updated, opt_state
+                updated, opt_state = store_rows(weights, state.opt_state, part.rows, new)
+            params = _with_bias(updated, bias)
+            average = guard(_average(state, params, ema_decay), state.ema_params)
         metrics = StepMetrics(
             loss=value,
             grad_norm=optax.tree.norm(grads),
             num_tokens=batch.seq_offsets[-1],
             num_targets=(batch.target_ids != PADDING_ID).sum(),
+            num_pairs=_num_pairs(jnp.asarray(batch.seq_offsets)),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             nonfinite=nonfinite,
             routers=reports,
         )
-        return new._replace(step=state.step + 1), metrics
+        return TrainState(state.step + 1, params, opt_state, average, state.key), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return CompiledStep(jax.jit(step, donate_argnums=0), samplers)
+
+
+def _num_pairs(seq_offsets: jax.Array) -> jax.Array:
+    lengths = jnp.diff(seq_offsets).astype(jnp.float32)
+    return (lengths * (lengths + 1) / 2).sum()
+
+
+def _update(optimizer: Optimizer, grads: PyTree, part: Part, step: jax.Array) -> tuple[Any, Any]:
+    """Next weights and optimizer state of a step's part."""
+    if isinstance(optimizer, RowWise):
+        return optimizer.update(grads, part.opt_state, part.weights, step)
+    updates, opt_state = optimizer.update(grads, part.opt_state, part.weights)
+    return optax.apply_updates(part.weights, updates), opt_state
+
+
+def _check_row_wise(loss: LossConfig, ema_decay: float | None) -> None:
+    if loss.name == "full":
+        raise ValueError(
+            "the full softmax has a gradient for every item, so that no step names few rows; "
+            "update rows alone with the sampled loss or gbce, or all of them with rows=None"
+        )
+    if ema_decay is not None:
+        raise ValueError(
+            f"ema_decay={ema_decay} averages every row in every step, which updating few rows "
+            "avoids; train with ema_decay=None, or all rows with rows=None"
+        )
 
 
 def _split_bias(params: PyTree) -> tuple[PyTree, PyTree]:

@@ -6,21 +6,32 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
-from jaxrec.data import EvalSet, PopularitySampler, Split, item_counts, training_batches
+from jaxrec.data import (
+    EvalSet,
+    PopularitySampler,
+    PrefetchIterator,
+    Split,
+    bucket_sizes,
+    cut_to_bucket,
+    item_counts,
+    training_batches,
+)
+from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.train.evaluate import evaluate_ranking, make_rank_fn
 from jaxrec.train.loop import LoopConfig, LoopResult, run_loop
+from jaxrec.train.objective import LossConfig, Sampler
 from jaxrec.train.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxrec.train.progress import Progress
 from jaxrec.train.step import (
-    LossConfig,
-    Sampler,
     TrainState,
     init_state,
     make_step,
     parameter_names,
 )
+from jaxrec.train.utilisation import training_flops
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,9 @@ class TrainConfig:
       sampling: "sequences" (a target at every position) or "prefixes" (one sample a prefix).
       token_budget: token slots of a batch.
       max_sequences: sequences of a batch at most.
+      token_buckets: batches are cut to the first of so many sizes that holds their tokens:
+        token_budget, its half, its quarter …; a program is compiled for each that occurs. None is
+        1: all batches have one size.
       ema_decay: None trains without averaged weights; otherwise they are what is evaluated.
       loss: which loss.
       optimizer: Adam and its schedule.
@@ -58,8 +72,11 @@ class TrainConfig:
     monitor: str = "ndcg@10"
     keep: int = 2
     seed: int = 0
+    token_buckets: int | None = None
 
     def __post_init__(self):
+        if self.token_buckets is not None and self.token_buckets < 1:
+            raise ValueError(f"token_buckets is {self.token_buckets}; expected None or at least 1")
         for name in ("num_epochs", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -107,7 +124,6 @@ def train(
         token_budget=config.token_budget,
         max_sequences=config.max_sequences,
         seed=config.seed,
-        prefetch=2,
     )
     optimizer = make_optimizer(config.optimizer)
     state = init_state(model, optimizer, seed=config.seed, ema_decay=config.ema_decay)
@@ -129,7 +145,12 @@ def train(
         monitor=config.monitor,
         keep=config.keep,
     )
-    with closing(iter(batches)) as iterator:
+    sizes = bucket_sizes(config.token_budget, config.token_buckets or 1)
+
+    def place(batch: JaggedBatch) -> JaggedBatch:
+        return jax.device_put(cut_to_bucket(batch, sizes))
+
+    with closing(PrefetchIterator(iter(batches), 2, place=place)) as iterator:
         return run_loop(
             state,
             step,
@@ -141,6 +162,7 @@ def train(
             resume=resume,
             param_names=parameter_names(state.params),
             progress=progress,
+            flops=training_flops(model.config, config.loss, split.train.num_items),
         )
 
 

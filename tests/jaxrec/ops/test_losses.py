@@ -6,16 +6,22 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxrec.ops.losses import full_softmax_loss, gbce_loss, sampled_softmax_loss
+from jaxrec.ops import losses as module
+from jaxrec.ops.losses import (
+    full_softmax_loss,
+    gathered_scores,
+    gbce_loss,
+    sampled_softmax_loss,
+)
 
 M, V, D = 21, 30, 8
 
 
-def case(seed=0, *, dtype=jnp.float32, padded=(3, 20), magnitude=1.0):
+def case(seed=0, *, rows=M, dtype=jnp.float32, padded=(3, 20), magnitude=1.0):
     rng = np.random.default_rng(seed)
-    hidden = jnp.asarray(magnitude * rng.normal(size=(M, D)), dtype)
+    hidden = jnp.asarray(magnitude * rng.normal(size=(rows, D)), dtype)
     table = jnp.asarray(rng.normal(size=(V, D)), dtype)
-    target_ids = rng.integers(1, V, M).astype(np.int32)
+    target_ids = rng.integers(1, V, rows).astype(np.int32)
     target_ids[list(padded)] = 0
     return hidden, table, jnp.asarray(target_ids)
 
@@ -40,9 +46,21 @@ def dense_full(hidden, table, target_ids):
     return (losses * weight).sum(), dlogits @ table, dlogits.T @ hidden
 
 
-@pytest.mark.parametrize("max_logits", [1, V, 4 * V + 3, 7 * V, M * V, 1 << 22])
-def test_full_softmax_and_gradients(max_logits):
-    hidden, table, ids = case()
+TILED = 90  # tiles of all 21 rows and 4 items, the last of which begins among the one before
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_logits"),
+    [
+        (M, 1),  # one logit at a time
+        (M, 5),  # rows and items that the tiles do not divide
+        (M, TILED),
+        (M, 1 << 22),  # all items at a time, and all rows
+        (150, 64 * V),  # and 64 of the rows
+    ],
+)
+def test_full_softmax_and_gradients(rows, max_logits):
+    hidden, table, ids = case(rows=rows)
     loss, grads = jax.value_and_grad(
         lambda h, e: jnp.multiply(3, full_softmax_loss(h, e, ids, max_logits)), argnums=(0, 1)
     )(hidden, table)
@@ -55,25 +73,40 @@ def test_full_softmax_and_gradients(max_logits):
         np.testing.assert_allclose(grad, 3 * true, atol=2e-6)
 
 
-def test_full_softmax_of_bf16():
+@pytest.mark.parametrize("max_logits", [TILED, 1 << 22])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_full_softmax_of_bf16(max_logits, dtype):
     hidden, table, ids = case(2, dtype=jnp.bfloat16)
+    table = table.astype(dtype)  # as large as an optimizer wants it; products are in bf16
     loss, grads = jax.value_and_grad(
-        lambda h, e: full_softmax_loss(h, e, ids, 5 * V), argnums=(0, 1)
+        lambda h, e: full_softmax_loss(h, e, ids, max_logits), argnums=(0, 1)
     )(hidden, table)
     expected, *dense = dense_full(hidden, table, ids)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    for grad, true in zip(grads, dense, strict=True):
-        assert grad.dtype == jnp.bfloat16
+    for grad, true, like in zip(grads, dense, (hidden, table), strict=True):
+        assert grad.dtype == like.dtype
         error = np.abs(np.asarray(grad).astype(np.float64) - true)
         assert error.max() <= 0.02 * np.abs(true).max()
 
 
+def test_ten_million_items_need_no_more_memory_than_a_tile():
+    sizes = ((1024, 64), (10_000_001, 64))
+    hidden, table = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sizes)
+    ids = jax.ShapeDtypeStruct((1024,), jnp.int32)
+    gradient = jax.jit(jax.value_and_grad(full_softmax_loss, argnums=(0, 1)))
+    analysis = gradient.lower(hidden, table, ids).compile().memory_analysis()
+    assert analysis is not None
+    assert analysis.output_size_in_bytes >= 4 * table.size  # the gradient itself
+    assert analysis.temp_size_in_bytes < 2 * 4 * (1 << 22)  # logits would be 41 GB
+
+
 @pytest.mark.parametrize("magnitude", [1e3, 1e6])
-def test_large_logits_are_stable(magnitude):
+@pytest.mark.parametrize("max_logits", [TILED, 1 << 22])
+def test_large_logits_are_stable(magnitude, max_logits):
     hidden, table, ids = case(3, magnitude=magnitude)
     loss, grads = jax.value_and_grad(
-        lambda h, e: full_softmax_loss(h, e, ids, 4 * V), argnums=(0, 1)
+        lambda h, e: full_softmax_loss(h, e, ids, max_logits), argnums=(0, 1)
     )(hidden, table)
     expected, *dense = dense_full(hidden, table, ids)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -88,14 +121,18 @@ def test_the_padding_row_never_counts():
     table = table.at[:, 0].set(-10.0)  # every item scores about -500 …
     for padding in (0.0, 100.0):  # … and padding 0 or 5000
         loud = table.at[0].set(0).at[0, 0].set(padding)
-        loss, grad = jax.value_and_grad(lambda e: full_softmax_loss(hidden, e, ids))(loud)
-        np.testing.assert_allclose(loss, dense_full(hidden, loud, ids)[0], rtol=1e-5)
-        assert not np.asarray(grad[0]).any()
+        for max_logits in (TILED, None):
+            loss, grad = jax.value_and_grad(
+                lambda e, n=max_logits: full_softmax_loss(hidden, e, ids, n)
+            )(loud)
+            np.testing.assert_allclose(loss, dense_full(hidden, loud, ids)[0], rtol=1e-5)
+            assert not np.asarray(grad[0]).any()
 
 
 NEGATIVES = jnp.asarray(np.random.default_rng(5).integers(1, V, (M, 6)), jnp.int32)
 LOSSES = {
-    "full": lambda h, e, ids: full_softmax_loss(h, e, ids, 4 * V),
+    "full": lambda h, e, ids: full_softmax_loss(h, e, ids, 64 * V),
+    "full_tiled": lambda h, e, ids: full_softmax_loss(h, e, ids, TILED),
     "sampled": lambda h, e, ids: sampled_softmax_loss(h, e, ids, NEGATIVES),
     "sampled_shared": lambda h, e, ids: sampled_softmax_loss(h, e, ids, NEGATIVES[0]),
     "gbce": lambda h, e, ids: gbce_loss(h, e, ids, NEGATIVES),
@@ -217,6 +254,36 @@ def test_gbce_by_hand(calibration, shared):
         losses.append(-beta * np.log(positive) - np.log(1 / (1 + np.exp(scores))).sum())
     actual = gbce_loss(hidden, table, ids, negatives, calibration=calibration)
     np.testing.assert_allclose(actual, np.mean(losses), rtol=1e-5)
+
+
+def test_scores_of_gathered_rows_in_chunks(monkeypatch):
+    """Of five rows each, and their gradients, as of all at once."""
+    hidden, table, _ = case(13)
+
+    def run():
+        out, pull = jax.vjp(lambda h, e: gathered_scores(h, e, NEGATIVES), hidden, table)
+        return out, *pull(out)
+
+    whole = run()
+    monkeypatch.setattr(module, "MAX_GATHERED", 5 * 6 * D)
+    h, e = wide(hidden, table)
+    scores = np.einsum("md,msd->ms", h, e[NEGATIVES])
+    dtable = np.zeros_like(e)
+    np.add.at(dtable, np.asarray(NEGATIVES), scores[:, :, None] * h[:, None])
+    expected = scores, np.einsum("ms,msd->md", scores, e[NEGATIVES]), dtable
+    for found in (whole, run()):
+        for actual, true in zip(found, expected, strict=True):
+            np.testing.assert_allclose(actual, true, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_of_many_negatives_are_not_held_at_once():
+    shapes = ((4096, 64), (100_000, 64))
+    hidden, table = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    ids, negatives = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4096,), (4096, 256)))
+    gradient = jax.jit(jax.grad(sampled_softmax_loss, argnums=(0, 1)))
+    analysis = gradient.lower(hidden, table, ids, negatives).compile().memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < 160 << 20  # the rows alone would be 256 MiB
 
 
 def test_errors():

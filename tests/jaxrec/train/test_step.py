@@ -1,5 +1,6 @@
 import functools
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from jaxrec.train import (
     make_schedule,
     train,
 )
-from jaxrec.train.step import first_nonfinite, make_step, parameter_names, target_loss
+from jaxrec.train.objective import draw_negatives, target_loss
+from jaxrec.train.step import first_nonfinite, make_step, parameter_names
 
 
 def leaves(tree):
@@ -166,7 +168,8 @@ def test_losses_are_those_of_their_names():
 
     @functools.partial(jax.jit, static_argnums=0)
     def found(config):
-        return target_loss(config, hidden, table, targets, keys[2], SAMPLER)
+        negatives, _ = draw_negatives(config, keys[2], (SAMPLER, SAMPLER), len(targets))
+        return target_loss(config, hidden, table, targets, negatives)
 
     full = found(LossConfig(temperature=2.0))
     expected = jax.jit(full_softmax_loss)(hidden / 2, table, targets)
@@ -243,8 +246,10 @@ def test_schedules_at_their_corners():
 
 def test_clipping_and_weight_decay_are_applied():
     params, grads = {"w": jnp.full(4, 2.0)}, {"w": jnp.full(4, 100.0)}
-    clipped = make_optimizer(OptimizerConfig(learning_rate=1.0, clip_norm=1.0, b1=0.0, b2=0.0))
-    plain = make_optimizer(OptimizerConfig(learning_rate=1.0, clip_norm=None, weight_decay=0.25))
+    clipped: Any = make_optimizer(OptimizerConfig(learning_rate=1.0, clip_norm=1.0, b1=0.0, b2=0.0))
+    plain: Any = make_optimizer(
+        OptimizerConfig(learning_rate=1.0, clip_norm=None, weight_decay=0.25)
+    )
     state = clipped.init(params)
     _, state = clipped.update(grads, state, params)
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]

@@ -37,7 +37,7 @@ from jaxrec.train import (
     user_ranks,
     with_params,
 )
-from jaxrec.train.step import overarch_loss
+from jaxrec.train.objective import Negatives, overarch_loss
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,12 @@ def test_loss_of_the_dot_product_is_the_sampled_softmax():
     for make in EVERY:  # all start as the dot product
         overarch = make()
         loss = jax.jit(
-            lambda hidden, table, targets, key, own=overarch: overarch_loss(
-                config, own, hidden, table, targets, key, sampler
+            lambda hidden, table, targets, drawn, own=overarch: overarch_loss(
+                config, own, hidden, table, targets, drawn
             )
         )
-        got = loss(hidden, table, targets, jax.random.key(0))
+        drawn = Negatives(negatives, jnp.asarray(sampler.log_q))
+        got = loss(hidden, table, targets, drawn)
         np.testing.assert_allclose(got, 0.5 * expected, rtol=1e-5)
 
 
@@ -148,10 +149,10 @@ def test_gradient_stays_out_of_the_towers_on_request():
         def of(params, loss=loss):
             model: Any = with_params(TwoStage(towers(), mixture(scale=1.0)), params)
             hidden = model.encode(batch)[batch.target_positions]
-            targets, key = jnp.asarray(batch.target_ids), jax.random.key(0)
-            sampler = all_items()
+            targets, sampler = jnp.asarray(batch.target_ids), all_items()
+            drawn = Negatives(jnp.arange(8) + 1, jnp.asarray(sampler.log_q))
             table = model.item_embeddings()
-            return overarch_loss(loss, model.overarch, hidden, table, targets, key, sampler)
+            return overarch_loss(loss, model.overarch, hidden, table, targets, drawn)
 
         grads = jax.jit(jax.grad(of))(nnx.state(TwoStage(towers(), mixture(scale=1.0)), nnx.Param))
         moved = any(np.asarray(g).any() for g in jax.tree.leaves(grads["towers"]))

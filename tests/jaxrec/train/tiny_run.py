@@ -109,6 +109,7 @@ class Parts:
     """All that `run_loop` needs, made from a seed."""
 
     batches: Any
+    step: Any
 
     def __init__(
         self, seed=0, *, optimizer=None, loss=None, ema_decay: float | None = 0.9, prefetch=0
