@@ -150,18 +150,23 @@ def _kernel_passes(shape: MoeShape, kept: int) -> tuple[int, int]:
     pairs = chunk * shape.slots
     rows = TILE_ROWS * (-(-pairs // TILE_ROWS) + shape.num_experts)
     gate_up = matrices * pairs * hidden * itemsize
+    # f32 operands are split in two bf16 parts, beside the values where a kernel wrote those.
+    parts = 2 if itemsize == 4 else 1
     # Weights of another dtype are cast; sums over chunks are f32, old and new beside each other.
-    cast = shape.num_weights * itemsize if shape.weight_itemsize not in (None, itemsize) else 0
+    recast = parts > 1 or shape.weight_itemsize not in (None, itemsize)
+    cast = shape.num_weights * itemsize if recast else 0
     sums = 8 * shape.num_weights if shape.num_chunks > 1 else 0
-    common = kept + cast + _ROUTING_BYTES * pairs
+    tokens = shape.num_tokens * width * itemsize * (parts - 1)
+    common = kept + cast + tokens + _ROUTING_BYTES * pairs
     # The activation, beside it gathered rows, then expert outputs, of one size: what is fetched
     # saves traffic, and memory only with fp8, where gate and up are encoded from bf16.
     outputs = rows * width * itemsize
     gathered = outputs * (shape.fetch == "gather")
     encoded = gate_up * (shape.save == "gate_up_fp8")
-    forward = rows * hidden * itemsize + max(gathered + encoded, outputs)
+    activated = rows * hidden * itemsize
+    forward = activated + max(gathered + encoded, outputs + (parts - 1) * activated)
     # Rows of x and dy, then of dx; gradients of gate and up, and the weighted activation.
-    backward = rows * (2 * width + (matrices + 1) * hidden) * itemsize + sums
+    backward = rows * (2 * width + parts * (matrices + 1) * hidden) * itemsize + sums
     again = shape.save != "gate_up" or shape.num_chunks > 1  # computed, decoded, or a chunk's copy
     return common + forward, common + backward + gate_up * again
 

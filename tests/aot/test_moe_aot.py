@@ -119,6 +119,7 @@ def test_fetched_rows_need_no_copy(name):
             dispatch.expert_token_offsets,
             Experts(w_gate, w_up, w_down, None, None, None),
             num_pairs=w.num_pairs,
+            dtype=x.dtype,
             activation="swiglu",
             keep=False,
             fetches=fetch,
@@ -137,6 +138,31 @@ def test_fetched_rows_need_no_copy(name):
     assert kernel.count("HGMMA") == other.count("HGMMA")
     assert kernel.count("LDGSTS.E.BYPASS.128") == kernel.count("LDGSTS") == 8, "16 bytes a thread"
     assert kernel.count("UTMALDG") == 2, "the weights"
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "silu"])
+def test_f32(activation):
+    w = WORKLOADS["tiny"]
+    x, ids, gates, *weights = w.shapes()
+    x, up, down = (jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in (x, *weights[1:]))
+    weights = (None if activation == "silu" else up, up, down)
+
+    def run(x, ids, gates, *weights):
+        y, pull = jax.vjp(
+            lambda x, gates, *weights: moe_ffn(x, ids, gates, *weights, activation=activation),
+            x,
+            gates,
+            *weights,
+        )
+        return y, pull(x)
+
+    report = compile_for_h200(run, x, ids, gates, *weights)
+    assert "reduce-precision" in report.hlo_text, "the high part is not the value itself"
+    kernels = gemms(report)
+    assert len(kernels) == len(STAGE)
+    for kernel in kernels:
+        assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0
+        assert kernel.count("HGMMA") > 0
 
 
 def test_chunks_bound_the_memory():

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import moe_cases as cases
 import numpy as np
 import pytest
 from simulated_moe import residuals, value_and_gradients
@@ -17,6 +18,7 @@ from pallas_kernels.moe.api import filled_up
 from pallas_kernels.moe.chunks import Chunks
 from pallas_kernels.moe.config import kernel_problem
 from pallas_kernels.moe.dispatch import group_tiles, moe_dispatch
+from pallas_kernels.moe.grouped_gemm import split
 from pallas_kernels.moe.groups import TILE_ROWS
 from pallas_kernels.moe.workloads import WORKLOADS
 
@@ -195,6 +197,41 @@ def test_simulated_op_in_chunks_equals_reference(save):
         close(ours, theirs, 1e-2 if save == "gate_up" else 5e-2)
 
 
+F32_CASES = [
+    # tokens, width, hidden width, experts, slots, activation, biases, save, tokens of a chunk
+    (1, 128, 128, 8, 2, "swiglu", False, "gate_up", None),
+    (70, 128, 128, 4, 3, "geglu", True, "gate_up", None),
+    (40, 128, 256, 2, 2, "silu", False, "x", 32),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", F32_CASES, ids=str)
+def test_simulated_op_in_f32_is_within_1e_4_of_float64(sizes):
+    *shape, activation, bias, save, chunk_tokens = sizes
+    case = cases.inputs(0, *shape, bias=bias, gated=activation != "silu")
+    dy = np.random.default_rng(1).standard_normal(case["x"].shape).astype(np.float32)
+    experts = ref.Experts(*(case[name] for name in cases.WEIGHTS))
+    given = (case["x"], case["expert_ids"], case["gates"], experts, dy)
+    how = {"activation": activation, "save": save, "chunk_tokens": chunk_tokens, "config": CONFIG}
+    call = "simulated_moe:value_and_gradients"
+    [(y, (dx, d_gates, d_experts))] = simulate(call, [(given, how)], timeout_s=400)
+    want, grads = cases.expected(case, dy, activation)
+    found = dict(zip(cases.WEIGHTS, d_experts, strict=True)) | {"x": dx, "gates": d_gates}
+    for ours, theirs in [(y, want)] + [(found[name], grads[name]) for name in grads]:
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_parts_of_f32_add_up():
+    values = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    both = jax.jit(split)(values)  # XLA must not find that the high part is the value
+    high, low = np.split(np.asarray(both, np.float64), 2, axis=1)
+    np.testing.assert_allclose(high + low, values, rtol=2**-16, atol=0)
+    bf16 = jnp.asarray(values, jnp.bfloat16)
+    assert split(bf16) is bf16
+
+
 @pytest.mark.parametrize("save", ["gate_up", "gate_up_fp8", "x"])
 @pytest.mark.parametrize("chunk_tokens", [None, 64])
 @pytest.mark.parametrize("activation", ["swiglu", "silu"])
@@ -211,8 +248,9 @@ def test_kept_bytes_are_the_formula(save, chunk_tokens, activation):
 
 
 def test_unsupported_calls_are_explained(monkeypatch):
-    assert "x is float32" in (kernel_problem(jax.ShapeDtypeStruct((64, 128), jnp.float32)) or "")
-    assert kernel_problem(jax.ShapeDtypeStruct((1, 100), jnp.bfloat16)) is None
+    assert "x is float16" in (kernel_problem(jax.ShapeDtypeStruct((64, 128), jnp.float16)) or "")
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert kernel_problem(jax.ShapeDtypeStruct((1, 100), dtype)) is None
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=r"MoeConfig\.fetch is 'tma'"):
         MoeConfig(fetch="tma")  # type: ignore[arg-type]
@@ -301,9 +339,10 @@ class TestOnGpu:
             close(got, want, 5e-2 if save == "gate_up_fp8" else 2e-2)
 
     @pytest.mark.parametrize("name", ["empty", "one takes all", "whole tiles"])
-    def test_fetched_rows_give_the_bits_of_gathered_ones(self, name):
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+    def test_fetched_rows_give_the_bits_of_gathered_ones(self, name, dtype):
         x, ids, gates, experts = jax.tree.map(jnp.asarray, arguments(name, width=384, hidden=640))
-        gates = jnp.nan_to_num(gates)
+        x, gates = x.astype(dtype), jnp.nan_to_num(gates)
 
         def run(fetch):
             weights, config = experts[:3], MoeConfig(fetch=fetch)
@@ -311,6 +350,26 @@ class TestOnGpu:
 
         compiled = jax.jit(run, static_argnums=0)
         np.testing.assert_array_equal(compiled("fused"), compiled("gather"))
+
+    @pytest.mark.parametrize("tokens", [1, 256, 512])
+    @pytest.mark.parametrize("width", [100, 128, 256, 512, 600])
+    @pytest.mark.parametrize("slots", [2, 3, 4])
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_f32_is_within_1e_4_of_float64(self, tokens, width, slots, bias):
+        case = cases.inputs(0, tokens, width, 4 * width // slots, 8, slots, bias=bias)
+        dy = np.random.default_rng(1).standard_normal(case["x"].shape).astype(np.float32)
+        want, grads = cases.expected(case, dy)
+        ids = case.pop("expert_ids")
+        arrays = {name: jnp.asarray(value) for name, value in case.items() if value is not None}
+
+        @jax.jit
+        def run(arrays):
+            return jax.vjp(lambda a: moe_ffn(expert_ids=ids, backend="mosaic_gpu", **a), arrays)
+
+        y, pull = run(arrays)
+        np.testing.assert_allclose(y, want, rtol=0, atol=1e-4)
+        for name, ours in pull(jnp.asarray(dy))[0].items():
+            np.testing.assert_allclose(ours, grads[name], rtol=0, atol=1e-4)
 
     @pytest.mark.parametrize("activation", ["swiglu", "geglu", "silu"])
     def test_activations_and_biases(self, activation):
