@@ -8,7 +8,7 @@ on from tile to tile, so the next tile's operands arrive while this one's result
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +28,6 @@ _REGISTERS = (24, 240)  # of a producer's and a compute warpgroup's threads
 _FETCHING_REGISTERS = (40, 232)
 
 
-class Step(NamedTuple):
-    """Which part of a sum a stage has.
-
-    Attributes:
-      at: step along the summed dimension.
-      left, right: part of the left and the right operand: 0 the high, 1 the low.
-    """
-
-    at: Any
-    left: Any
-    right: Any
-
-
 @dataclass(frozen=True)
 class Gemm:
     """Static sizes of one kernel.
@@ -53,7 +40,7 @@ class Gemm:
       dtype: of the results that go through the outbox.
       other_bytes: shared memory beside the ring and the outbox.
       fetches: the first operand is fetched row by row.
-      parts: bf16 parts of each operand, see `split`.
+      parts: of each operand, see `parts.split`.
     """
 
     name: str
@@ -64,18 +51,6 @@ class Gemm:
     other_bytes: int = 0
     fetches: bool = False
     parts: int = 1
-
-    @property
-    def terms(self) -> int:
-        """Products that stand for one: of two parts each, all but low·low."""
-        return 1 if self.parts == 1 else 3
-
-    def part(self, step, num_steps) -> Step:
-        """What a step has of a sum that takes `num_steps` for each term."""
-        if self.terms == 1:
-            return Step(step, 0, 0)
-        term = lax.div(step, jnp.int32(num_steps))
-        return Step(step - term * num_steps, term & 1, term >> 1)
 
     @property
     def arrivals(self) -> int:
@@ -101,24 +76,6 @@ class Gemm:
         """Of the ring: as many as fit beside the outbox."""
         stage = sum(2 * math.prod(shape) for shape in self.operands)
         return (_SHARED_BYTES - _OUTBOX_BYTES - self.other_bytes) // stage
-
-
-def num_parts(dtype: Any) -> int:
-    """Parts that `split` makes of values."""
-    return 1 if dtype == jnp.bfloat16 else 2
-
-
-def split(values: jax.Array) -> jax.Array:
-    """bf16 parts of f32 values side by side along the second axis: the high ones, then the low.
-
-    A value is the sum of its parts to 2^-17. Values in bf16 stay as they are.
-    """
-    if num_parts(values.dtype) == 1:
-        return values
-    # Not a cast and back, which XLA may leave out, as it holds more precision to do no harm.
-    high = lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
-    parts = [part.astype(jnp.bfloat16) for part in (high, values - high)]
-    return jnp.concatenate(parts, axis=1)
 
 
 def swizzled(shape: Sequence[int], dtype: Any = jnp.bfloat16, *, rows: int = 8) -> Any:

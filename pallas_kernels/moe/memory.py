@@ -8,6 +8,7 @@ from pallas_kernels.moe.activation import Activation, is_gated
 from pallas_kernels.moe.api import Save, saved_bytes
 from pallas_kernels.moe.config import Fetch, MoeConfig
 from pallas_kernels.moe.groups import TILE_ROWS
+from pallas_kernels.moe.parts import part_bytes
 
 _ROUTING_BYTES = 32  # a pair: the routing structures, and what building them needs
 
@@ -150,25 +151,32 @@ def _kernel_passes(shape: MoeShape, kept: int) -> tuple[int, int]:
     pairs = chunk * shape.slots
     rows = TILE_ROWS * (-(-pairs // TILE_ROWS) + shape.num_experts)
     gate_up = matrices * pairs * hidden * itemsize
-    # f32 operands are split in two bf16 parts, beside the values where a kernel wrote those.
-    parts = 2 if itemsize == 4 else 1
-    # Weights of another dtype are cast; sums over chunks are f32, old and new beside each other.
-    recast = parts > 1 or shape.weight_itemsize not in (None, itemsize)
-    cast = shape.num_weights * itemsize if recast else 0
-    sums = 8 * shape.num_weights if shape.num_chunks > 1 else 0
-    tokens = shape.num_tokens * width * itemsize * (parts - 1)
-    common = kept + cast + tokens + _ROUTING_BYTES * pairs
-    # The activation, beside it gathered rows, then expert outputs, of one size: what is fetched
-    # saves traffic, and memory only with fp8, where gate and up are encoded from bf16.
-    outputs = rows * width * itemsize
-    gathered = outputs * (shape.fetch == "gather")
+    # What the kernels multiply: bf16 as it is, f32 in parts, made of values that a kernel wrote.
+    operand = part_bytes(itemsize)
+    splits = operand != itemsize
+    inner, outer = rows * hidden, rows * width
+    # Weights that are not so already; sums over chunks are f32, old and new beside each other.
+    recast = splits or shape.weight_itemsize not in (None, itemsize)
+    cast = shape.num_weights * operand * recast
+    sums = 8 * shape.num_weights * (shape.num_chunks > 1)
+    common = cast + _ROUTING_BYTES * pairs
+    # The activation, beside it gathered rows, then expert outputs. What is fetched saves traffic,
+    # and memory only with fp8, where gate and up are encoded from what the kernel wrote.
+    gathered = outer * operand * (shape.fetch == "gather")
     encoded = gate_up * (shape.save == "gate_up_fp8")
-    activated = rows * hidden * itemsize
-    forward = activated + max(gathered + encoded, outputs + (parts - 1) * activated)
-    # Rows of x and dy, then of dx; gradients of gate and up, and the weighted activation.
-    backward = rows * (2 * width + parts * (matrices + 1) * hidden) * itemsize + sums
-    again = shape.save != "gate_up" or shape.num_chunks > 1  # computed, decoded, or a chunk's copy
-    return common + forward, common + backward + gate_up * again
+    forward = max(
+        inner * itemsize + gathered + encoded,
+        inner * operand + max(inner * itemsize * splits, outer * itemsize),
+    )
+    # Rows of x and dy, then of dx; gradients of gate and up, and the weighted activation. They
+    # stand beside gate and up, whether those were kept, decoded or computed anew; split, beside
+    # the last one's values. What was kept of other chunks stays.
+    results = matrices + 1
+    backward = 2 * outer * operand + max(
+        gate_up + results * inner * itemsize, (results * operand + itemsize) * inner * splits
+    )
+    others = kept * (shape.num_chunks > 1)
+    return common + kept + forward, common + others + backward + sums
 
 
 def _xla_passes(shape: MoeShape, kept: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ Rows of x stand in groups that start on tile boundaries, one group an expert: XL
 zeroed rows behind an expert's pairs, or the kernel fetches them. `project` multiplies them with
 both input matrices of their expert and applies the activation; `contract` multiplies the result
 with the output matrix. What the gradient keeps, gate and up, is written without padding, row n for
-pair n. f32 operands come as two bf16 parts, side by side along their second axis (`split`).
+pair n. f32 operands come in bf16 parts (`parts.split`).
 """
 
 import functools
@@ -27,8 +27,6 @@ from pallas_kernels.moe.grouped_gemm import (
     TILE_DEPTH,
     Gemm,
     Outbox,
-    num_parts,
-    split,
 )
 from pallas_kernels.moe.groups import (
     TILE_ROWS,
@@ -38,6 +36,7 @@ from pallas_kernels.moe.groups import (
     gather_rows,
     group_rows,
 )
+from pallas_kernels.moe.parts import num_parts, num_products, split, step_of
 from pallas_kernels.moe.products import contract, scalars, wide_columns
 from pallas_kernels.moe.ref import Experts, Kept
 from pallas_kernels.moe.row_fetch import Rows
@@ -69,7 +68,7 @@ def _project_kernel(expert, start, size, used, *refs, gemm, activation, group, k
         own = expert[tile]
 
         def stage(step, copy):
-            at, left, right = gemm.part(step, num_steps)
+            at, left, right = step_of(step, num_steps, gemm.parts)
             depth = pl.ds((at + left * num_steps) * TILE_DEPTH, TILE_DEPTH)
             if tokens is None:
                 copy(x.at[rows, depth], 0)
@@ -116,7 +115,7 @@ def _project_kernel(expert, start, size, used, *refs, gemm, activation, group, k
         gemm,
         ring,
         lambda: used[0] * num_columns,
-        lambda work: gemm.terms * num_steps,
+        lambda work: num_products(gemm.parts) * num_steps,
         load,
         multiply,
         epilogue,

@@ -27,8 +27,6 @@ from pallas_kernels.moe.grouped_gemm import (
     TILE_DEPTH,
     Gemm,
     Outbox,
-    num_parts,
-    split,
 )
 from pallas_kernels.moe.groups import (
     TILE_ROWS,
@@ -41,6 +39,7 @@ from pallas_kernels.moe.groups import (
     sum_by_expert,
 )
 from pallas_kernels.moe.mosaic_gpu import in_parts, input_weights, project
+from pallas_kernels.moe.parts import num_parts, num_products, split, step_of
 from pallas_kernels.moe.products import contract, scalars, weight_gradient, wide_columns
 from pallas_kernels.moe.ref import Experts, Kept
 
@@ -83,7 +82,7 @@ def _project_gradient_kernel(
         rows, own = pl.ds(tile * TILE_ROWS, TILE_ROWS), expert[tile]
 
         def stage(step, copy):
-            at, left, right = gemm.part(step, num_steps)
+            at, left, right = step_of(step, num_steps, gemm.parts)
             copy(dy.at[rows, pl.ds((at + left * num_steps) * TILE_DEPTH, TILE_DEPTH)], 0)
             across = pl.ds(column * columns + right * hidden, columns)
             copy(w_down.at[own, across, pl.ds(at * TILE_DEPTH, TILE_DEPTH)], 1)
@@ -137,7 +136,7 @@ def _project_gradient_kernel(
         gemm,
         ring,
         lambda: used[0] * num_columns,
-        lambda work: gemm.terms * num_steps,
+        lambda work: num_products(gemm.parts) * num_steps,
         load,
         multiply,
         epilogue,

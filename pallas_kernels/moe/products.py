@@ -1,6 +1,6 @@
 """Products of grouped rows that have no epilogue: back from the hidden width, and of weights.
 
-f32 operands come as two bf16 parts, side by side along their second axis (`split`).
+f32 operands come in parts (`parts.split`).
 """
 
 import functools
@@ -15,8 +15,9 @@ from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels.moe import grouped_gemm
 from pallas_kernels.moe.config import MoeConfig
-from pallas_kernels.moe.grouped_gemm import HALF_ROWS, TILE_DEPTH, Gemm, Outbox, num_parts
+from pallas_kernels.moe.grouped_gemm import HALF_ROWS, TILE_DEPTH, Gemm, Outbox
 from pallas_kernels.moe.groups import TILE_ROWS, Groups
+from pallas_kernels.moe.parts import num_parts, num_products, step_of
 
 
 def scalars(groups: Groups) -> tuple[Array, ...]:
@@ -69,7 +70,7 @@ def _contract_kernel(expert, start, size, used, *refs, gemm, group, transposed):
     )
     warpgroup = lax.axis_index("warpgroup")
     num_steps = rows[0].shape[1] // gemm.parts // TILE_DEPTH
-    steps = gemm.terms * num_steps
+    steps = num_products(gemm.parts) * num_steps
 
     def load(work):
         tile, column = place(work)
@@ -77,15 +78,17 @@ def _contract_kernel(expert, start, size, used, *refs, gemm, group, transposed):
 
         def stage(step, copy):
             def pair(n):
-                at, left, right = gemm.part(step - n * steps, num_steps)
+                at, left, right = step_of(step - n * steps, num_steps, gemm.parts)
                 depth = pl.ds((at + left * num_steps) * TILE_DEPTH, TILE_DEPTH)
                 copy(rows[n].at[down, depth], 0)
+                across, depth = column * columns, at * TILE_DEPTH
                 # The weights' parts stand along their second axis, whichever is summed.
-                low = right * (weights[n].shape[1] // gemm.parts)
-                first = (column * columns, at * TILE_DEPTH)
-                block = (first[0] + low, first[1]) if transposed else (first[1] + low, first[0])
-                sizes = (columns, TILE_DEPTH) if transposed else (TILE_DEPTH, columns)
-                copy(weights[n].at[own, *map(pl.ds, block, sizes)], 1)
+                begin = right * (weights[n].shape[1] // gemm.parts)
+                if transposed:
+                    block = pl.ds(begin + across, columns), pl.ds(depth, TILE_DEPTH)
+                else:
+                    block = pl.ds(begin + depth, TILE_DEPTH), pl.ds(across, columns)
+                copy(weights[n].at[own, *block], 1)
 
             if len(rows) == 1:
                 pair(0)
@@ -174,7 +177,7 @@ def _weight_gradient_kernel(first_row, steps, lhs, *refs, gemm):
         begin, num_steps = first_row[expert], steps[expert]
 
         def stage(step, copy):
-            at, left, right = gemm.part(step, num_steps)
+            at, left, right = step_of(step, num_steps, gemm.parts)
             depth = pl.ds(pl.multiple_of(begin + at * TILE_DEPTH, TILE_DEPTH), TILE_DEPTH)
             for half in range(2):
                 first = row * TILE_ROWS + half * HALF_ROWS + left * height
@@ -203,7 +206,7 @@ def _weight_gradient_kernel(first_row, steps, lhs, *refs, gemm):
         gemm,
         ring,
         lambda: jnp.int32(num_experts * tiles),
-        lambda work: gemm.terms * steps[lax.div(work, tiles)],
+        lambda work: num_products(gemm.parts) * steps[lax.div(work, tiles)],
         load,
         multiply,
         epilogue,

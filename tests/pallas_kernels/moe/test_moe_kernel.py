@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from pallas_kernels.moe.api import filled_up
 from pallas_kernels.moe.chunks import Chunks
 from pallas_kernels.moe.config import kernel_problem
 from pallas_kernels.moe.dispatch import group_tiles, moe_dispatch
-from pallas_kernels.moe.grouped_gemm import split
 from pallas_kernels.moe.groups import TILE_ROWS
+from pallas_kernels.moe.parts import num_products, split, step_of
 from pallas_kernels.moe.workloads import WORKLOADS
 
 FORWARD = "pallas_kernels.moe.mosaic_gpu:forward"
@@ -223,13 +224,24 @@ def test_simulated_op_in_f32_is_within_1e_4_of_float64(sizes):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_parts_of_f32_add_up():
-    values = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
-    both = jax.jit(split)(values)  # XLA must not find that the high part is the value
-    high, low = np.split(np.asarray(both, np.float64), 2, axis=1)
-    np.testing.assert_allclose(high + low, values, rtol=2**-16, atol=0)
+def test_parts_of_f32_are_the_value():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((64, 8)) * 2.0 ** rng.integers(-90, 120, (64, 8))
+    values = values.astype(np.float32)
+    parts = np.split(np.asarray(jax.jit(split)(values), np.float64), 3, axis=1)
+    np.testing.assert_array_equal(sum(parts), values)
+    for high, low in itertools.pairwise(parts):
+        assert (np.abs(low) <= 2.0**-8 * np.abs(high)).all()
     bf16 = jnp.asarray(values, jnp.bfloat16)
     assert split(bf16) is bf16
+
+
+def test_steps_multiply_every_part_but_the_smallest_and_in_the_order_of_size():
+    steps = [tuple(map(int, step_of(n, 2, 3))) for n in range(2 * num_products(3))]
+    assert sorted(steps) == [(a, b, c) for a in (0, 1) for b in range(3) for c in range(3 - b)]
+    sizes = [left + right for _, left, right in steps]
+    assert sizes == sorted(sizes, reverse=True)
+    assert [step_of(n, 2, 1) for n in range(2)] == [(0, 0, 0), (1, 0, 0)]
 
 
 @pytest.mark.parametrize("save", ["gate_up", "gate_up_fp8", "x"])
