@@ -11,7 +11,9 @@ where the CUDA plugin is installed; without either it says so. `--record` keeps 
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import jax
@@ -56,7 +58,7 @@ def main() -> None:
     report.print_table("GB that one layer in bf16 saves for its gradient", saved)
     peaks = [peak_row(*case, compile_peak) for case in cases]
     report.print_table("GB at the peak of one layer's forward and backward pass", peaks)
-    chunks = chunk_rows(options.model)
+    chunks = chunk_rows(options.model, compile_peak)
     report.print_table(f"Peak GB of `{options.model}` by tokens and chunk_tokens", chunks)
     gpus = [options.gpu] if options.gpu else list(GPUS)
     fits = [fit_row(options.model, options.layers, gpu, GPUS[gpu]) for gpu in gpus]
@@ -117,20 +119,23 @@ def peak_row(
     return row
 
 
-def chunk_rows(model: str) -> list[dict[str, Any]]:
+def chunk_rows(
+    model: str, compile_peak: Callable[[MoeShape], int] | None = None
+) -> list[dict[str, Any]]:
     """Peak by tokens, for each chunk and the two policies that differ most."""
     tokens = shape_of(model).num_tokens
-    return [
-        {"T": f"{count:,}"}
-        | {
-            f"{save}, {'all at once' if chunk is None else f'{chunk:,}'}": round(
-                _peak(model, count, save, chunk) / GB, 2
-            )
-            for save in ("gate_up", "x")
-            for chunk in CHUNKS
-        }
-        for count in (tokens // 4, tokens // 2, tokens, 2 * tokens, 4 * tokens)
-    ]
+    rows = []
+    for count in (tokens // 4, tokens // 2, tokens, 2 * tokens, 4 * tokens):
+        row: dict[str, Any] = {"T": f"{count:,}"}
+        for save, chunk in product(("gate_up", "x"), CHUNKS):
+            column = f"{save}, {'all at once' if chunk is None else f'{chunk:,}'}"
+            chunk = None if chunk is None or chunk >= count else chunk
+            shape = shape_of(model, num_tokens=count, save=save, chunk_tokens=chunk)
+            row[column] = round(moe_memory(shape).peak / GB, 2)
+            if compile_peak is not None:
+                row[f"{column}, compiled"] = round(compile_peak(shape) / GB, 2)
+        rows.append(row)
+    return rows
 
 
 def _peak(model: str, tokens: int, save: Any, chunk: int | None) -> int:
@@ -172,7 +177,9 @@ def _compiler() -> Callable[[MoeShape], int]:
     if reason := aot_available():
         raise SystemExit(f"--compile: {reason}")
 
+    @functools.cache
     def peak(shape: MoeShape) -> int:
+        print(f"compiling {shape}", flush=True)
         analysis = compile_for_h200(*training_program(shape)).compiled.memory_analysis()
         return (
             analysis.argument_size_in_bytes

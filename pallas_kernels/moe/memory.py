@@ -37,11 +37,7 @@ class MoeMemory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Everything that the program needs at once.
-
-        Compiled programs are within 10 %; for an H200 they need up to 18 % less with fp8 and up to
-        30 % less with chunks.
-        """
+        """Everything that the program needs at once; compiled programs are within 10 %."""
         return self.arguments + self.results + self.temporaries
 
 
@@ -144,22 +140,20 @@ def moe_memory(shape: MoeShape) -> MoeMemory:
 
 
 def _kernel_passes(shape: MoeShape, kept: int) -> tuple[int, int]:
-    """Temporaries of the kernels: padded rows of one chunk, and sums over chunks."""
-    width, hidden, itemsize = shape.width, shape.hidden, shape.itemsize
+    """Temporaries of the kernels, for padded rows of one chunk at a time."""
     matrices = 2 if is_gated(shape.activation) else 1
-    chunk = min(shape.chunk_tokens or shape.num_tokens, shape.num_tokens)
-    pairs = chunk * shape.slots
-    rows = TILE_ROWS * (-(-pairs // TILE_ROWS) + shape.num_experts)
-    gate_up = matrices * pairs * hidden * itemsize
+    itemsize, own = shape.itemsize, shape.weight_itemsize or shape.itemsize
     # What the kernels multiply: bf16 as it is, f32 in parts, made of values that a kernel wrote.
     operand = part_bytes(itemsize)
     splits = operand != itemsize
-    inner, outer = rows * hidden, rows * width
-    # Weights that are not so already; sums over chunks are f32, old and new beside each other.
-    recast = splits or shape.weight_itemsize not in (None, itemsize)
-    cast = shape.num_weights * operand * recast
-    sums = 8 * shape.num_weights * (shape.num_chunks > 1)
+    chunk = min(shape.chunk_tokens or shape.num_tokens, shape.num_tokens)
+    pairs = chunk * shape.slots
+    rows = TILE_ROWS * (-(-pairs // TILE_ROWS) + shape.num_experts)
+    inner, outer = rows * shape.hidden, rows * shape.width
+    gate_up = matrices * pairs * shape.hidden * itemsize
+    cast = shape.num_weights * operand * (splits or own != itemsize)
     common = cast + _ROUTING_BYTES * pairs
+
     # The activation, beside it gathered rows, then expert outputs. What is fetched saves traffic,
     # and memory only with fp8, where gate and up are encoded from what the kernel wrote.
     gathered = outer * operand * (shape.fetch == "gather")
@@ -168,15 +162,20 @@ def _kernel_passes(shape: MoeShape, kept: int) -> tuple[int, int]:
         inner * itemsize + gathered + encoded,
         inner * operand + max(inner * itemsize * splits, outer * itemsize),
     )
-    # Rows of x and dy, then of dx; gradients of gate and up, and the weighted activation. They
-    # stand beside gate and up, whether those were kept, decoded or computed anew; split, beside
-    # the last one's values. What was kept of other chunks stays.
-    results = matrices + 1
-    backward = 2 * outer * operand + max(
-        gate_up + results * inner * itemsize, (results * operand + itemsize) * inner * splits
-    )
-    others = kept * (shape.num_chunks > 1)
-    return common + kept + forward, common + others + backward + sums
+
+    # Rows of x and dy, then of dx. Gradients of gate and up and the weighted activation are made
+    # beside gate and up, which were kept, decoded or computed anew.
+    taken, made = 2 * outer * operand, (matrices + 1) * inner
+    backward = max(gate_up + made * itemsize, (made * operand + inner * itemsize) * splits)
+    if shape.num_chunks > 1:
+        # Gradients of weights are f32 sums of what the chunks give, in the place of the results
+        # if those are f32; else the results have place for rows until the end.
+        new = 4 * matrices * shape.num_experts * shape.width * shape.hidden
+        backward = kept + max(backward, made * operand + new)
+        if own != 4:
+            backward += 4 * shape.num_weights
+            taken = max(0, taken - own * shape.num_weights)
+    return common + kept + forward, common + taken + backward
 
 
 def _xla_passes(shape: MoeShape, kept: int) -> tuple[int, int]:
