@@ -168,13 +168,16 @@ def _kernel_passes(shape: MoeShape, kept: int) -> tuple[int, int]:
     taken, made = 2 * outer * operand, (matrices + 1) * inner
     backward = max(gate_up + made * itemsize, (made * operand + inner * itemsize) * splits)
     if shape.num_chunks > 1:
-        # Gradients of weights are f32 sums of what the chunks give, in the place of the results
-        # if those are f32; else the results have place for rows until the end.
+        # Gradients of weights are f32 sums of what the chunks give. Results in f32 are their place;
+        # the place of others is free until the end, for rows and what is kept.
         new = 4 * matrices * shape.num_experts * shape.width * shape.hidden
-        backward = kept + max(backward, made * operand + new)
-        if own != 4:
+        backward = max(backward, made * operand + new)
+        room = own * shape.num_weights * (own != 4)
+        if room:
             backward += 4 * shape.num_weights
-            taken = max(0, taken - own * shape.num_weights)
+        taken = max(0, taken - room)
+        fits = kept <= room * matrices // (matrices + 1)  # matrix by matrix
+        backward += kept * (not fits)
     return common + kept + forward, common + taken + backward
 
 
