@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -70,6 +70,14 @@ TABLE_HEAD = """\
 |---|---|---|---|---|---|---|---|"""
 
 
+class _Instruction(NamedTuple):
+    """One of machine code; `target` is where a jump goes."""
+
+    address: int
+    opcode: str
+    target: int | None
+
+
 @dataclass(frozen=True)
 class _Module:
     """What one PTX file holds, assembled when somebody asks."""
@@ -89,7 +97,7 @@ class _Module:
             return log, cubin.read_bytes()
 
     @functools.cached_property
-    def instructions(self) -> dict[str, Counter[str]]:
+    def instructions(self) -> dict[str, list[_Instruction]]:
         """Those of each kernel."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(self.assembled[1])
@@ -152,7 +160,26 @@ class KernelReport:
     @property
     def instructions(self) -> Counter[str]:
         """Machine instructions by their full name, such as LDG.E.128."""
-        return self.module.instructions[self.name]
+        return Counter(one.opcode for one in self.module.instructions[self.name])
+
+    @property
+    def loops(self) -> list[Counter[str]]:
+        """Instructions of each loop, inner loops before those around them.
+
+        A loop is what stands between a jump back and its target. What the compiler moved behind the
+        last exit is not counted: what to do where a wait fails at first.
+        """
+        code = self.module.instructions[self.name]
+        last = max((one.address for one in code if one.opcode == "EXIT"), default=0)
+        spans = sorted(
+            (one.address - one.target, one.target, one.address)
+            for one in code
+            if one.target is not None and one.target <= one.address < last
+        )
+        return [
+            Counter(one.opcode for one in code if first <= one.address <= end)
+            for _, first, end in spans
+        ]
 
     def count(self, opcode: str) -> int:
         """Instructions named `opcode`, with or without further modifiers."""
@@ -325,14 +352,20 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _parse_sass(listing: str) -> dict[str, Counter[str]]:
-    """Instruction counts of each function of a disassembly."""
-    counts: dict[str, Counter[str]] = {}
+def _parse_sass(listing: str) -> dict[str, list[_Instruction]]:
+    """Instructions of each function of a disassembly."""
+    line = re.compile(
+        r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)([^;]*)", re.MULTILINE
+    )
+    found = {}
     for function in re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]:
-        line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)"
-        opcodes = re.findall(line, function, re.MULTILINE)
-        counts[function.split(maxsplit=1)[0]] = Counter(opcodes)
-    return counts
+        code = []
+        for address, opcode, operands in line.findall(function):
+            jump = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
+            target = int(jump[1], 16) if jump else None
+            code.append(_Instruction(int(address, 16), opcode, target))
+        found[function.split(maxsplit=1)[0]] = code
+    return found
 
 
 def _launch_smem(ptx: Path) -> int:

@@ -49,8 +49,8 @@ def moe_ffn(
         gate = x[t] · w_gate[e] + b_gate[e],  up = x[t] · w_up[e] + b_up[e],  e = expert_ids[t, k]
 
     Products run in the dtype of x with f32 sums; gate and up are rounded to it before f. The
-    kernels multiply f32 as three products of bf16 parts, which is right to 2^-16 of a product.
-    Weights of another dtype are cast, and their gradients come in their own dtype.
+    kernels multiply f32 as six products of bf16 parts, right to 2^-23 of a product. Weights of
+    another dtype are cast, and their gradients come in their own dtype.
 
     Args:
       x: f32 or bf16.
