@@ -11,9 +11,10 @@ where the CUDA plugin is installed; without either it says so. `--record` keeps 
 
 import argparse
 import dataclasses
-import functools
+import json
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ POLICIES = ("gate_up", "gate_up_fp8", "x")
 CHUNKS = (None, 16_384, 4096)
 OPTIMIZER_BYTES = 12  # a weight: an f32 master copy and two f32 moments
 GB = 10**9
+RUNS = Path("runs") / "moe_memory"
 
 # Bytes a token in bf16 that others keep, from their code or paper, by D, H, K; first with a gated
 # activation, then without. Routing structures are left out.
@@ -81,7 +83,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", choices=list(WORKLOADS), default="conf3")
     parser.add_argument("--layers", type=int, default=12, help="such layers in the model")
     parser.add_argument("--gpu", choices=list(GPUS))
-    parser.add_argument("--compile", action="store_true", help="compiled peaks too; minutes")
+    parser.add_argument("--compile", action="store_true", help="compiled peaks too; half an hour")
     parser.add_argument("--record", action="store_true", help="keeps the result")
     parser.add_argument("--scratch", action="store_true", help="the result is not for keeping")
     return parser.parse_args()
@@ -171,21 +173,34 @@ def fit_row(model: str, layers: int, gpu: str, gigabytes: int) -> dict[str, Any]
 
 
 def _compiler() -> Callable[[MoeShape], int]:
-    """Peak bytes of the layer's program, compiled for an H200."""
+    """Peak bytes of the layer's program, compiled for an H200.
+
+    Every result is kept in `runs/` as soon as it is there, and not compiled again for this commit.
+    """
     from pallas_kernels.aot import aot_available, compile_for_h200
 
     if reason := aot_available():
         raise SystemExit(f"--compile: {reason}")
+    git = record.git_state()
+    store = None if git["dirty"] else RUNS / f"{git['sha']}.jsonl"
+    lines = store.read_text().splitlines() if store and store.exists() else []
+    known: dict[str, int] = dict(json.loads(line) for line in lines)
 
-    @functools.cache
     def peak(shape: MoeShape) -> int:
-        print(f"compiling {shape}", flush=True)
-        analysis = compile_for_h200(*training_program(shape)).compiled.memory_analysis()
-        return (
-            analysis.argument_size_in_bytes
-            + analysis.output_size_in_bytes
-            + analysis.temp_size_in_bytes
-        )
+        if str(shape) not in known:
+            print(f"compiling {shape}", flush=True)
+            report = compile_for_h200(*training_program(shape), kernels=False)
+            analysis = report.compiled.memory_analysis()
+            known[str(shape)] = (
+                analysis.argument_size_in_bytes
+                + analysis.output_size_in_bytes
+                + analysis.temp_size_in_bytes
+            )
+            if store:
+                store.parent.mkdir(parents=True, exist_ok=True)
+                with store.open("a") as file:
+                    file.write(f"{json.dumps([str(shape), known[str(shape)]])}\n")
+        return known[str(shape)]
 
     return peak
 
