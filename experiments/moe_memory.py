@@ -12,6 +12,7 @@ where the CUDA plugin is installed; without either it says so. `--record` keeps 
 import argparse
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -54,7 +55,7 @@ PEERS: dict[str, tuple[Callable[[int, int, int], int], Callable[[int, int, int],
 def main() -> None:
     """Prints the tables that the command line asks for."""
     options = _options()
-    compile_peak = _compiler() if options.compile else None
+    compile_peak = _compiler(options.minutes) if options.compile else None
     cases = [(name, act) for act in ("swiglu", "silu") for name in options.workloads]
     saved = [saved_row(*case) for case in cases]
     report.print_table("GB that one layer in bf16 saves for its gradient", saved)
@@ -84,6 +85,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12, help="such layers in the model")
     parser.add_argument("--gpu", choices=list(GPUS))
     parser.add_argument("--compile", action="store_true", help="compiled peaks too; half an hour")
+    parser.add_argument("--minutes", type=float, default=120.0, help="for compiles, then no more")
     parser.add_argument("--record", action="store_true", help="keeps the result")
     parser.add_argument("--scratch", action="store_true", help="the result is not for keeping")
     return parser.parse_args()
@@ -109,7 +111,7 @@ def saved_row(name: str, activation: Any) -> dict[str, Any]:
 
 
 def peak_row(
-    name: str, activation: Any, compile_peak: Callable[[MoeShape], int] | None
+    name: str, activation: Any, compile_peak: Callable[[MoeShape], int | None] | None
 ) -> dict[str, Any]:
     """Peak GB of every policy, as predicted and, where asked for, as compiled."""
     row: dict[str, Any] = {"layer": f"{name} {activation}"}
@@ -117,12 +119,16 @@ def peak_row(
         shape = shape_of(name, activation=activation, save=save)
         row[save] = round(moe_memory(shape).peak / GB, 2)
         if compile_peak is not None:
-            row[f"{save}, compiled"] = round(compile_peak(shape) / GB, 2)
+            row[f"{save}, compiled"] = _gigabytes(compile_peak(shape))
     return row
 
 
+def _gigabytes(num_bytes: int | None) -> float | str:
+    return "-" if num_bytes is None else round(num_bytes / GB, 2)
+
+
 def chunk_rows(
-    model: str, compile_peak: Callable[[MoeShape], int] | None = None
+    model: str, compile_peak: Callable[[MoeShape], int | None] | None = None
 ) -> list[dict[str, Any]]:
     """Peak by tokens, for each chunk and the two policies that differ most."""
     tokens = shape_of(model).num_tokens
@@ -135,7 +141,7 @@ def chunk_rows(
             shape = shape_of(model, num_tokens=count, save=save, chunk_tokens=chunk)
             row[column] = round(moe_memory(shape).peak / GB, 2)
             if compile_peak is not None:
-                row[f"{column}, compiled"] = round(compile_peak(shape) / GB, 2)
+                row[f"{column}, compiled"] = _gigabytes(compile_peak(shape))
         rows.append(row)
     return rows
 
@@ -172,22 +178,25 @@ def fit_row(model: str, layers: int, gpu: str, gigabytes: int) -> dict[str, Any]
     return {name: row.get(name, "-") for name in ("GPU", *columns)}
 
 
-def _compiler() -> Callable[[MoeShape], int]:
-    """Peak bytes of the layer's program, compiled for an H200.
+def _compiler(minutes: float | int) -> Callable[[MoeShape], int | None]:
+    """Peak bytes of the layer's program, compiled for an H200; None once the time is over.
 
-    Every result is kept in `runs/` as soon as it is there, and not compiled again for this commit.
+    Every result is kept in `runs/` as soon as it is there, and for these kernels not made again.
     """
     from pallas_kernels.aot import aot_available, compile_for_h200
 
     if reason := aot_available():
         raise SystemExit(f"--compile: {reason}")
-    git = record.git_state()
-    store = None if git["dirty"] else RUNS / f"{git['sha']}.jsonl"
+    kernels = record.git_tree("pallas_kernels")
+    store = RUNS / f"{kernels}.jsonl" if kernels else None
     lines = store.read_text().splitlines() if store and store.exists() else []
     known: dict[str, int] = dict(json.loads(line) for line in lines)
+    end = time.monotonic() + 60 * minutes
 
-    def peak(shape: MoeShape) -> int:
+    def peak(shape: MoeShape) -> int | None:
         if str(shape) not in known:
+            if time.monotonic() >= end:
+                return None
             print(f"compiling {shape}", flush=True)
             report = compile_for_h200(*training_program(shape), kernels=False)
             analysis = report.compiled.memory_analysis()

@@ -105,15 +105,21 @@ def command_line() -> str:
 
 def git_state() -> dict[str, Any]:
     """Commit and whether tracked files differ from it; "unknown" outside a checkout."""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {"sha": _git("rev-parse", "HEAD") or "unknown", "dirty": bool(changed)}
 
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-        return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"sha": git("rev-parse", "HEAD") or "unknown", "dirty": bool(changed)}
+def git_tree(folder: str) -> str | None:
+    """Name of what a folder of the repository holds, None if it is not as committed."""
+    changed = _git("status", "--porcelain", "--", f":/{folder}")
+    return None if changed else _git("rev-parse", f"HEAD:{folder}") or None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def environment() -> dict[str, Any]:

@@ -202,7 +202,7 @@ F32_CASES = [
     # tokens, width, hidden width, experts, slots, activation, biases, save, tokens of a chunk
     (1, 128, 128, 8, 2, "swiglu", False, "gate_up", None),
     (70, 128, 128, 4, 3, "geglu", True, "gate_up", None),
-    (40, 128, 256, 2, 2, "silu", False, "x", 32),
+    (64, 128, 256, 2, 2, "silu", False, "x", 32),
 ]
 
 
