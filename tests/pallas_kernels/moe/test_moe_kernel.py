@@ -246,17 +246,21 @@ def test_steps_multiply_every_part_but_the_smallest_and_in_the_order_of_size():
 
 @pytest.mark.parametrize("save", ["gate_up", "gate_up_fp8", "x"])
 @pytest.mark.parametrize("chunk_tokens", [None, 64])
-@pytest.mark.parametrize("activation", ["swiglu", "silu"])
-def test_kept_bytes_are_the_formula(save, chunk_tokens, activation):
+@pytest.mark.parametrize(
+    ("activation", "dtype"), [("swiglu", "bfloat16"), ("silu", "bfloat16"), ("swiglu", "float32")]
+)
+def test_kept_bytes_are_the_formula(save, chunk_tokens, activation, dtype):
     x, ids, gates, experts = arguments("empty", activation=activation)
+    x = x.astype(dtype)
     how = {"activation": activation, "save": save, "chunk_tokens": chunk_tokens, "config": CONFIG}
     run = functools.partial(residuals, **how)
     _, pull = jax.eval_shape(run, x, ids, np.nan_to_num(gates), experts)
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
     weights = sum(weight.nbytes for weight in jax.tree.leaves(experts))
     (tokens, width), hidden = x.shape, experts.w_up.shape[2]
-    formula = saved_bytes(tokens, width, hidden, ids.shape[1], save=save, activation=activation)
-    assert kept - weights == formula
+    sizes = (tokens, width, hidden, ids.shape[1])
+    how = {"save": save, "activation": activation, "itemsize": x.dtype.itemsize}
+    assert kept - weights == saved_bytes(*sizes, **how)
 
 
 def test_unsupported_calls_are_explained(monkeypatch):
@@ -382,6 +386,24 @@ class TestOnGpu:
         np.testing.assert_allclose(y, want, rtol=0, atol=1e-4)
         for name, ours in pull(jnp.asarray(dy))[0].items():
             np.testing.assert_allclose(ours, grads[name], rtol=0, atol=1e-4)
+
+    def test_every_pattern_of_empty_experts(self):
+        case = cases.inputs(0, 256, 128, 128, 8, 1)
+        del case["expert_ids"]
+        arrays = {k: jnp.asarray(v, jnp.bfloat16) for k, v in case.items() if v is not None}
+
+        @functools.partial(jax.jit, static_argnames="backend")
+        def run(ids, backend):
+            y, pull = jax.vjp(lambda a: moe_ffn(expert_ids=ids, backend=backend, **a), arrays)
+            return y, pull(arrays["x"])[0]
+
+        for used in itertools.product([False, True], repeat=8):
+            chosen = np.flatnonzero(used) if any(used) else np.array([-1])
+            ids = jnp.asarray(chosen[np.arange(256) % chosen.size][:, None], jnp.int32)
+            (y, grads), want = run(ids, "mosaic_gpu"), run(ids, "xla")
+            jax.tree.map(lambda a, b: close(a, b, 2e-2), (y, grads), want)
+            for name in ("w_gate", "w_up", "w_down"):
+                assert not np.asarray(grads[name], np.float32)[~np.array(used)].any()
 
     @pytest.mark.parametrize("activation", ["swiglu", "geglu", "silu"])
     def test_activations_and_biases(self, activation):
