@@ -187,7 +187,7 @@ def _compiler(minutes: float | int) -> Callable[[MoeShape], int | None]:
 
     if reason := aot_available():
         raise SystemExit(f"--compile: {reason}")
-    kernels = record.git_tree("pallas_kernels")
+    kernels = record.git_sources("pallas_kernels")
     store = RUNS / f"{kernels}.jsonl" if kernels else None
     lines = store.read_text().splitlines() if store and store.exists() else []
     known: dict[str, int] = dict(json.loads(line) for line in lines)

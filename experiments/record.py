@@ -109,10 +109,12 @@ def git_state() -> dict[str, Any]:
     return {"sha": _git("rev-parse", "HEAD") or "unknown", "dirty": bool(changed)}
 
 
-def git_tree(folder: str) -> str | None:
-    """Name of what a folder of the repository holds, None if it is not as committed."""
-    changed = _git("status", "--porcelain", "--", f":/{folder}")
-    return None if changed else _git("rev-parse", f"HEAD:{folder}") or None
+def git_sources(folder: str) -> str | None:
+    """A digest of the Python files in a folder of the repository, None if not as committed."""
+    files = f":/{folder}/*.py"
+    listed = _git("ls-files", "--stage", "--", files)
+    changed = _git("status", "--porcelain", "--", files)
+    return hashlib.sha256(listed.encode()).hexdigest()[:16] if listed and not changed else None
 
 
 def _git(*arguments: str) -> str:

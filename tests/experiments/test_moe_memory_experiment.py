@@ -59,14 +59,14 @@ def test_compiled_peaks_are_kept_as_they_come(tmp_path, monkeypatch):
     monkeypatch.setattr(aot, "aot_available", lambda: None)
     monkeypatch.setattr(aot, "compile_for_h200", compile_for_h200)
     monkeypatch.setattr(moe_memory, "RUNS", tmp_path)
-    monkeypatch.setattr(record, "git_tree", lambda folder: "1234")
+    monkeypatch.setattr(record, "git_sources", lambda folder: "1234")
     shapes = [moe_memory.shape_of("conf1", num_tokens=tokens) for tokens in (128, 256, 128)]
     assert [moe_memory._compiler(1)(shape) for shape in shapes] == [3, 4, 3]
     assert len(compiled) == 2
     later = moe_memory._compiler(0)
     assert later(shapes[1]) == 4
     assert later(moe_memory.shape_of("conf2")) is None, "no time is left"
-    monkeypatch.setattr(record, "git_tree", lambda folder: None)
+    monkeypatch.setattr(record, "git_sources", lambda folder: None)
     assert moe_memory._compiler(1)(shapes[0]) == 5, "what is not committed may differ"
 
 
