@@ -161,18 +161,19 @@ def _differentiate(activation, blocks, d_activated, weight):
 
 
 def project_gradient(
-    dy_rows: BFloat16[Array, "P D"],
+    dy_rows: BFloat16[Array, "P Dp"],
     groups: Groups,
     row_gates: Float32[Array, "P"],
     kept: list[Float[Array, "N H"]],
-    w_down: BFloat16[Array, "E H D"],
+    w_down: BFloat16[Array, "E Hp D"],
     *,
     activation: Activation,
     config: MoeConfig,
 ) -> ProjectedGradient:
     """The gradient before the activation, from that of the output and what was kept.
 
-    Rows and weights are in parts; results are in the dtype of what was kept.
+    Rows and weights are in parts, their sizes Dp and Hp being those of D and H times the parts;
+    results are in the dtype of what was kept.
     """
     dtype = kept[0].dtype
     num_rows, hidden = dy_rows.shape[0], kept[0].shape[1]

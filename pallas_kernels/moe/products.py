@@ -123,8 +123,8 @@ def _contract_kernel(expert, start, size, used, *refs, gemm, group, transposed):
 
 
 def weight_gradient(
-    lhs: BFloat16[Array, "P M"],
-    rhs: list[BFloat16[Array, "P N"]],
+    lhs: BFloat16[Array, "P Mp"],
+    rhs: list[BFloat16[Array, "P Np"]],
     counts: Int32[Array, "E"],
     *,
     name: str,
@@ -134,7 +134,7 @@ def weight_gradient(
 ) -> list[Float[Array, "E M N"]]:
     """lhsᵀ · rhs of each expert's rows; zeros for an expert without. Rows without a pair are 0.
 
-    Both sides are in that many parts; the results' dtype is another matter.
+    Both sides are in that many parts, Mp and Np wide; the results' dtype is another matter.
     """
     whole = (counts + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
     height, width = lhs.shape[1] // parts, rhs[0].shape[1] // parts
