@@ -388,8 +388,11 @@ def moe_memory_section_markdown() -> str:
     result, model = results[-1], results[-1]["config"]["model"]
     titles = {
         "saved": ("layer", "GB that one layer in bf16 saves for its gradient"),
-        "peak": ("layer", "GB at its peak: predicted, and as compiled for an H200"),
-        "chunks": ("T", f"GB at the peak of `{model}` by tokens and `chunk_tokens`, likewise"),
+        "peak": (
+            "layer",
+            "GB at its peak: predicted, and in brackets what the compiler says for an H200",
+        ),
+        "chunks": ("T", f"GB at the peak of `{model}` by tokens and `chunk_tokens`"),
     }
     tables = [
         f"{title}:\n\n{table_markdown(_memory_rows(result['measurements'], table, first))}"
