@@ -190,7 +190,9 @@ def project(
     """
     weights, biases = input_weights(experts), _input_biases(experts)
     num_experts, _, hidden = weights[0].shape
-    columns = wide_columns(hidden) if len(weights) == 1 else 128
+    # With one accumulator of f32 results, 256 columns would be a register too many.
+    narrow = len(weights) > 1 or num_parts(dtype) > 1
+    columns = 128 if narrow else wide_columns(hidden)
     gemm = Gemm(
         "moe_project",
         ((TILE_ROWS, TILE_DEPTH), *[(TILE_DEPTH, columns)] * len(weights)),
