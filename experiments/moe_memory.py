@@ -11,7 +11,11 @@ where the CUDA plugin is installed; without either it says so. `--record` keeps 
 
 import argparse
 import dataclasses
+import json
+import time
 from collections.abc import Callable
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +32,7 @@ POLICIES = ("gate_up", "gate_up_fp8", "x")
 CHUNKS = (None, 16_384, 4096)
 OPTIMIZER_BYTES = 12  # a weight: an f32 master copy and two f32 moments
 GB = 10**9
+RUNS = Path("runs") / "moe_memory"
 
 # Bytes a token in bf16 that others keep, from their code or paper, by D, H, K; first with a gated
 # activation, then without. Routing structures are left out.
@@ -50,13 +55,13 @@ PEERS: dict[str, tuple[Callable[[int, int, int], int], Callable[[int, int, int],
 def main() -> None:
     """Prints the tables that the command line asks for."""
     options = _options()
-    compile_peak = _compiler() if options.compile else None
+    compile_peak = _compiler(options.minutes) if options.compile else None
     cases = [(name, act) for act in ("swiglu", "silu") for name in options.workloads]
     saved = [saved_row(*case) for case in cases]
     report.print_table("GB that one layer in bf16 saves for its gradient", saved)
     peaks = [peak_row(*case, compile_peak) for case in cases]
     report.print_table("GB at the peak of one layer's forward and backward pass", peaks)
-    chunks = chunk_rows(options.model)
+    chunks = chunk_rows(options.model, compile_peak)
     report.print_table(f"Peak GB of `{options.model}` by tokens and chunk_tokens", chunks)
     gpus = [options.gpu] if options.gpu else list(GPUS)
     fits = [fit_row(options.model, options.layers, gpu, GPUS[gpu]) for gpu in gpus]
@@ -79,7 +84,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", choices=list(WORKLOADS), default="conf3")
     parser.add_argument("--layers", type=int, default=12, help="such layers in the model")
     parser.add_argument("--gpu", choices=list(GPUS))
-    parser.add_argument("--compile", action="store_true", help="compiled peaks too; minutes")
+    parser.add_argument("--compile", action="store_true", help="compiled peaks too; half an hour")
+    parser.add_argument("--minutes", type=float, default=120.0, help="for compiles, then no more")
     parser.add_argument("--record", action="store_true", help="keeps the result")
     parser.add_argument("--scratch", action="store_true", help="the result is not for keeping")
     return parser.parse_args()
@@ -105,7 +111,7 @@ def saved_row(name: str, activation: Any) -> dict[str, Any]:
 
 
 def peak_row(
-    name: str, activation: Any, compile_peak: Callable[[MoeShape], int] | None
+    name: str, activation: Any, compile_peak: Callable[[MoeShape], int | None] | None
 ) -> dict[str, Any]:
     """Peak GB of every policy, as predicted and, where asked for, as compiled."""
     row: dict[str, Any] = {"layer": f"{name} {activation}"}
@@ -113,24 +119,31 @@ def peak_row(
         shape = shape_of(name, activation=activation, save=save)
         row[save] = round(moe_memory(shape).peak / GB, 2)
         if compile_peak is not None:
-            row[f"{save}, compiled"] = round(compile_peak(shape) / GB, 2)
+            row[f"{save}, compiled"] = _gigabytes(compile_peak(shape))
     return row
 
 
-def chunk_rows(model: str) -> list[dict[str, Any]]:
+def _gigabytes(num_bytes: int | None) -> float | str:
+    return "-" if num_bytes is None else round(num_bytes / GB, 2)
+
+
+def chunk_rows(
+    model: str, compile_peak: Callable[[MoeShape], int | None] | None = None
+) -> list[dict[str, Any]]:
     """Peak by tokens, for each chunk and the two policies that differ most."""
     tokens = shape_of(model).num_tokens
-    return [
-        {"T": f"{count:,}"}
-        | {
-            f"{save}, {'all at once' if chunk is None else f'{chunk:,}'}": round(
-                _peak(model, count, save, chunk) / GB, 2
-            )
-            for save in ("gate_up", "x")
-            for chunk in CHUNKS
-        }
-        for count in (tokens // 4, tokens // 2, tokens, 2 * tokens, 4 * tokens)
-    ]
+    rows = []
+    for count in (tokens // 4, tokens // 2, tokens, 2 * tokens, 4 * tokens):
+        row: dict[str, Any] = {"T": f"{count:,}"}
+        for save, chunk in product(("gate_up", "x"), CHUNKS):
+            column = f"{save}, {'all at once' if chunk is None else f'{chunk:,}'}"
+            chunk = None if chunk is None or chunk >= count else chunk
+            shape = shape_of(model, num_tokens=count, save=save, chunk_tokens=chunk)
+            row[column] = round(moe_memory(shape).peak / GB, 2)
+            if compile_peak is not None:
+                row[f"{column}, compiled"] = _gigabytes(compile_peak(shape))
+        rows.append(row)
+    return rows
 
 
 def _peak(model: str, tokens: int, save: Any, chunk: int | None) -> int:
@@ -165,20 +178,38 @@ def fit_row(model: str, layers: int, gpu: str, gigabytes: int) -> dict[str, Any]
     return {name: row.get(name, "-") for name in ("GPU", *columns)}
 
 
-def _compiler() -> Callable[[MoeShape], int]:
-    """Peak bytes of the layer's program, compiled for an H200."""
+def _compiler(minutes: float | int) -> Callable[[MoeShape], int | None]:
+    """Peak bytes of the layer's program, compiled for an H200; None once the time is over.
+
+    Every result is kept in `runs/` as soon as it is there, and for these kernels not made again.
+    """
     from pallas_kernels.aot import aot_available, compile_for_h200
 
     if reason := aot_available():
         raise SystemExit(f"--compile: {reason}")
+    kernels = record.git_sources("pallas_kernels")
+    store = RUNS / f"{kernels}.jsonl" if kernels else None
+    lines = store.read_text().splitlines() if store and store.exists() else []
+    known: dict[str, int] = dict(json.loads(line) for line in lines)
+    end = time.monotonic() + 60 * minutes
 
-    def peak(shape: MoeShape) -> int:
-        analysis = compile_for_h200(*training_program(shape)).compiled.memory_analysis()
-        return (
-            analysis.argument_size_in_bytes
-            + analysis.output_size_in_bytes
-            + analysis.temp_size_in_bytes
-        )
+    def peak(shape: MoeShape) -> int | None:
+        if str(shape) not in known:
+            if time.monotonic() >= end:
+                return None
+            print(f"compiling {shape}", flush=True)
+            report = compile_for_h200(*training_program(shape), kernels=False)
+            analysis = report.compiled.memory_analysis()
+            known[str(shape)] = (
+                analysis.argument_size_in_bytes
+                + analysis.output_size_in_bytes
+                + analysis.temp_size_in_bytes
+            )
+            if store:
+                store.parent.mkdir(parents=True, exist_ok=True)
+                with store.open("a") as file:
+                    file.write(f"{json.dumps([str(shape), known[str(shape)]])}\n")
+        return known[str(shape)]
 
     return peak
 

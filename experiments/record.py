@@ -105,15 +105,23 @@ def command_line() -> str:
 
 def git_state() -> dict[str, Any]:
     """Commit and whether tracked files differ from it; "unknown" outside a checkout."""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {"sha": _git("rev-parse", "HEAD") or "unknown", "dirty": bool(changed)}
 
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-        return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"sha": git("rev-parse", "HEAD") or "unknown", "dirty": bool(changed)}
+def git_sources(folder: str) -> str | None:
+    """A digest of the Python files in a folder of the repository, None if not as committed."""
+    files = f":/{folder}/*.py"
+    listed = _git("ls-files", "--stage", "--", files)
+    changed = _git("status", "--porcelain", "--", files)
+    return hashlib.sha256(listed.encode()).hexdigest()[:16] if listed and not changed else None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def environment() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pallas_kernels._timing import Timing
 
+ROOT = Path(__file__).parent.parent
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c2430; max-width: 60rem; margin: 2.5rem auto;
        padding: 0 1.25rem; }
@@ -315,11 +316,10 @@ def _overarch_markdown(result: Mapping[str, Any]) -> str:
     )
 
 
-def picture_markdown(result: Mapping[str, Any], caption: str) -> str:
+def picture_markdown(result: Mapping[str, Any], caption: str, to_root: str = "") -> str:
     """A recorded result's picture, as README shows it; nothing where there is none."""
     path = result["path"].with_suffix(".png")
-    root = Path(__file__).parent.parent
-    return f"\n\n![{caption}]({path.relative_to(root)})" if path.exists() else ""
+    return f"\n\n![{caption}]({to_root}{path.relative_to(ROOT)})" if path.exists() else ""
 
 
 ENOUGH = 0.95  # recall at which the peers' speed counts
@@ -373,23 +373,70 @@ def retrieval_section_markdown() -> str:
     )
 
 
+def _memory_rows(measurements: Sequence[Mapping[str, Any]], table: str, first: str):
+    """One of the tables of `experiments.moe_memory`: predicted, and in brackets as compiled."""
+    rows: dict[str, dict[str, str]] = {}
+    for m in measurements:
+        kind, column = m["metric"].split(" ", 1)
+        if kind == table:
+            row = rows.setdefault(m["workload"], {first: m["workload"]})
+            predicted = column.removesuffix(", compiled")
+            row[predicted] = (
+                f"{m['value']:.2f}"
+                if predicted == column
+                else f"{row[predicted]} ({m['value']:.2f})"
+            )
+    return list(rows.values())
+
+
+def moe_memory_section_markdown() -> str:
+    """What MoE layers save and need at the peak, from the newest result with compiled peaks."""
+    from experiments import record
+
+    results = [result for result in record.read_all("moe_memory") if result["config"]["compiled"]]
+    if not results:
+        return "Nothing recorded yet."
+    result, model = results[-1], results[-1]["config"]["model"]
+    titles = {
+        "saved": ("layer", "GB that one layer in bf16 saves for its gradient"),
+        "peak": (
+            "layer",
+            "GB at its peak: predicted, and in brackets what the compiler says for an H200",
+        ),
+        "chunks": ("T", f"GB at the peak of `{model}` by tokens and `chunk_tokens`"),
+    }
+    tables = [
+        f"{title}:\n\n{table_markdown(_memory_rows(result['measurements'], table, first))}"
+        for table, (first, title) in titles.items()
+    ]
+    return "\n\n".join(
+        [
+            *tables,
+            f"`{result['command']}` (jax {result['env']['jax']}), without a GPU: bytes, not times.",
+        ]
+    ) + picture_markdown(result, "peak against tokens", "../../")
+
+
 SECTIONS = {
     "bench_retrieval": retrieval_section_markdown,
     "train_sequence": accuracy_section_markdown,
     "overarch": overarch_section_markdown,
+    "moe_memory": moe_memory_section_markdown,
 }
+READMES = (ROOT / "README.md", ROOT / "pallas_kernels" / "moe" / "README.md")
 
 
 def fill_sections(text: str) -> str:
-    """`text` with every generated section made anew."""
+    """`text` with every generated section that it has made anew."""
     for name, make in SECTIONS.items():
         start, end = f"<!-- results: {name} -->", f"<!-- end: {name} -->"
-        before, rest = text.split(start)
-        text = f"{before}{start}\n{make()}\n{end}{rest.split(end)[1]}"
+        if start in text:
+            before, rest = text.split(start)
+            text = f"{before}{start}\n{make()}\n{end}{rest.split(end)[1]}"
     return text
 
 
 if __name__ == "__main__":
-    readme = Path(__file__).parent.parent / "README.md"
-    readme.write_text(fill_sections(readme.read_text()))
-    print(f"filled {', '.join(SECTIONS)} in {readme.name}")
+    for readme in READMES:
+        readme.write_text(fill_sections(readme.read_text()))
+    print(f"filled {', '.join(SECTIONS)}")

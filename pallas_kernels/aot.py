@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -70,6 +70,14 @@ TABLE_HEAD = """\
 |---|---|---|---|---|---|---|---|"""
 
 
+class _Instruction(NamedTuple):
+    """One of machine code; `target` is where a jump goes."""
+
+    address: int
+    opcode: str
+    target: int | None
+
+
 @dataclass(frozen=True)
 class _Module:
     """What one PTX file holds, assembled when somebody asks."""
@@ -89,7 +97,7 @@ class _Module:
             return log, cubin.read_bytes()
 
     @functools.cached_property
-    def instructions(self) -> dict[str, Counter[str]]:
+    def instructions(self) -> dict[str, list[_Instruction]]:
         """Those of each kernel."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(self.assembled[1])
@@ -152,7 +160,26 @@ class KernelReport:
     @property
     def instructions(self) -> Counter[str]:
         """Machine instructions by their full name, such as LDG.E.128."""
-        return self.module.instructions[self.name]
+        return Counter(one.opcode for one in self.module.instructions[self.name])
+
+    @property
+    def loops(self) -> list[Counter[str]]:
+        """Instructions of each loop, inner loops before those around them.
+
+        A loop is what stands between a jump back and its target. What the compiler moved behind the
+        last exit is not counted: what to do where a wait fails at first.
+        """
+        code = self.module.instructions[self.name]
+        last = max((one.address for one in code if one.opcode == "EXIT"), default=0)
+        spans = sorted(
+            (one.address - one.target, one.target, one.address)
+            for one in code
+            if one.target is not None and one.target <= one.address < last
+        )
+        return [
+            Counter(one.opcode for one in code if first <= one.address <= end)
+            for _, first, end in spans
+        ]
 
     def count(self, opcode: str) -> int:
         """Instructions named `opcode`, with or without further modifiers."""
@@ -216,6 +243,7 @@ def compile_for_h200(
     in_shardings: Any = None,
     out_shardings: Any = None,
     compiler_options: Mapping[str, Any] | None = None,
+    kernels: bool = True,
 ) -> Report:
     """Compiles `fn` for H200s, with `backend=None` meaning what it would there.
 
@@ -227,6 +255,7 @@ def compile_for_h200(
       in_shardings, out_shardings: as `jax.jit` takes them; partition specs are placed on the mesh.
         None replicates.
       compiler_options: further XLA options, such as {"xla_gpu_...": True}.
+      kernels: reports kernels; without, a third less work.
 
     Raises:
       RuntimeError: the tools are missing (`aot_available` says which).
@@ -244,19 +273,21 @@ def compile_for_h200(
         in_shardings=place(in_shardings),
         out_shardings=place(out_shardings),
     )
-    with tempfile.TemporaryDirectory(prefix="h200_") as folder, _mosaic_dump(Path(folder)):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            lowered = jitted.lower(*args)
+    with tempfile.TemporaryDirectory(prefix="h200_") as folder:
+        dump = _mosaic_dump(Path(folder)) if kernels else contextlib.nullcontext()
         # Passed to this compile alone: dump flags in XLA_FLAGS abort concurrent CPU compiles.
-        options = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*", **(compiler_options or {})}
-        compiled = lowered.compile(compiler_options=options)
-        kernels = [kernel for ptx in sorted(Path(folder).rglob("*.ptx")) for kernel in _read(ptx)]
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"} if kernels else {}
+        with dump:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                lowered = jitted.lower(*args)
+            compiled = lowered.compile(compiler_options=options | dict(compiler_options or {}))
+        reports = [kernel for ptx in sorted(Path(folder).rglob("*.ptx")) for kernel in _read(ptx)]
     memory, hlo_text = compiled.memory_analysis(), compiled.as_text()
     if memory is None or hlo_text is None:
         raise RuntimeError(
             "the CUDA plugin gave no memory analysis or no HLO; is it of JAX's version?"
         )
-    return Report(compiled, kernels, memory.temp_size_in_bytes, hlo_text)
+    return Report(compiled, reports, memory.temp_size_in_bytes, hlo_text)
 
 
 def _on_mesh(mesh: Mesh, shardings: Any) -> Any:
@@ -329,14 +360,20 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _parse_sass(listing: str) -> dict[str, Counter[str]]:
-    """Instruction counts of each function of a disassembly."""
-    counts: dict[str, Counter[str]] = {}
+def _parse_sass(listing: str) -> dict[str, list[_Instruction]]:
+    """Instructions of each function of a disassembly."""
+    line = re.compile(
+        r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)([^;]*)", re.MULTILINE
+    )
+    found = {}
     for function in re.split(r"^\s*Function : ", listing, flags=re.MULTILINE)[1:]:
-        line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)"
-        opcodes = re.findall(line, function, re.MULTILINE)
-        counts[function.split(maxsplit=1)[0]] = Counter(opcodes)
-    return counts
+        code = []
+        for address, opcode, operands in line.findall(function):
+            jump = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
+            target = int(jump[1], 16) if jump else None
+            code.append(_Instruction(int(address, 16), opcode, target))
+        found[function.split(maxsplit=1)[0]] = code
+    return found
 
 
 def _launch_smem(ptx: Path) -> int:

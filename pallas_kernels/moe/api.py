@@ -48,8 +48,9 @@ def moe_ffn(
         y[t] = Σ_k gates[t, k] · (f(gate) ⊙ up) · w_down[e] + gates[t, k] · b_down[e]
         gate = x[t] · w_gate[e] + b_gate[e],  up = x[t] · w_up[e] + b_up[e],  e = expert_ids[t, k]
 
-    Products run in the dtype of x with f32 sums; gate and up are rounded to it before f. Weights
-    of another dtype are cast, an expert at a time, and their gradients come in their own dtype.
+    Products run in the dtype of x with f32 sums; gate and up are rounded to it before f. The
+    kernels multiply f32 as six products of bf16 parts, right to 2^-23 of a product. Weights of
+    another dtype are cast, and their gradients come in their own dtype.
 
     Args:
       x: f32 or bf16.
@@ -67,9 +68,9 @@ def moe_ffn(
         fp8, of the scales.) "x" and "gate_up" give the same gradients but for rounding.
       chunk_tokens: tokens whose gathered rows exist at once, in a kernel; the XLA backend gathers
         one tile at a time whatever it is. None takes all tokens at once.
-      backend: "xla"; "mosaic_gpu" for bf16 x on Hopper, which fills D and H up to multiples of
-        128 with zeros if need be (copies of x and weights, and bytes kept, of these sizes); or
-        None for the best supported. A name never falls back.
+      backend: "xla"; "mosaic_gpu" on Hopper, which fills D and H up to multiples of 128 with
+        zeros if need be (copies of x and weights, and bytes kept, of these sizes); or None for
+        the best supported. A name never falls back.
       config: tile sizes, and whether the kernels' forward pass gathers or fetches its rows; None
         takes what was measured best for such a layer (`tuned_config`), else the heuristic.
 

@@ -44,6 +44,6 @@ class MoeConfig:
 
 def kernel_problem(x) -> str | None:
     """What keeps the kernels from this x, or None."""
-    if x.dtype != jnp.bfloat16:
-        return f"x is {x.dtype}; the kernels multiply bfloat16 only"
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x is {x.dtype}; the kernels multiply bfloat16 and float32"
     return None

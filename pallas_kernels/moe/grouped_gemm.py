@@ -40,6 +40,7 @@ class Gemm:
       dtype: of the results that go through the outbox.
       other_bytes: shared memory beside the ring and the outbox.
       fetches: the first operand is fetched row by row.
+      parts: of each operand, see `parts.split`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Gemm:
     dtype: Any = jnp.bfloat16
     other_bytes: int = 0
     fetches: bool = False
+    parts: int = 1
 
     @property
     def arrivals(self) -> int:
@@ -288,7 +290,7 @@ def call(
         scratch_types=own_scratch,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            approx_math=True,
+            approx_math=gemm.parts == 1,  # its tanh is right to 2^-11 only
             # Safe: what a thread writes to shared memory only the copy engine reads, and the waits
             # and `commit_smem` around both are barriers of the warpgroup.
             unsafe_no_auto_barriers=True,

@@ -8,6 +8,7 @@ from pallas_kernels.moe.activation import Activation, is_gated
 from pallas_kernels.moe.api import Save, saved_bytes
 from pallas_kernels.moe.config import Fetch, MoeConfig
 from pallas_kernels.moe.groups import TILE_ROWS
+from pallas_kernels.moe.parts import part_bytes
 
 _ROUTING_BYTES = 32  # a pair: the routing structures, and what building them needs
 
@@ -36,11 +37,7 @@ class MoeMemory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Everything that the program needs at once.
-
-        Compiled programs are within 10 %; for an H200 they need up to 18 % less with fp8 and up to
-        30 % less with chunks.
-        """
+        """Everything that the program needs at once; compiled programs are within 10 %."""
         return self.arguments + self.results + self.temporaries
 
 
@@ -143,27 +140,45 @@ def moe_memory(shape: MoeShape) -> MoeMemory:
 
 
 def _kernel_passes(shape: MoeShape, kept: int) -> tuple[int, int]:
-    """Temporaries of the kernels: padded rows of one chunk, and sums over chunks."""
-    width, hidden, itemsize = shape.width, shape.hidden, shape.itemsize
+    """Temporaries of the kernels, for padded rows of one chunk at a time."""
     matrices = 2 if is_gated(shape.activation) else 1
+    itemsize, own = shape.itemsize, shape.weight_itemsize or shape.itemsize
+    # What the kernels multiply: bf16 as it is, f32 in parts, made of values that a kernel wrote.
+    operand = part_bytes(itemsize)
+    splits = operand != itemsize
     chunk = min(shape.chunk_tokens or shape.num_tokens, shape.num_tokens)
     pairs = chunk * shape.slots
     rows = TILE_ROWS * (-(-pairs // TILE_ROWS) + shape.num_experts)
-    gate_up = matrices * pairs * hidden * itemsize
-    # Weights of another dtype are cast; sums over chunks are f32, old and new beside each other.
-    cast = shape.num_weights * itemsize if shape.weight_itemsize not in (None, itemsize) else 0
-    sums = 8 * shape.num_weights if shape.num_chunks > 1 else 0
-    common = kept + cast + _ROUTING_BYTES * pairs
-    # The activation, beside it gathered rows, then expert outputs, of one size: what is fetched
-    # saves traffic, and memory only with fp8, where gate and up are encoded from bf16.
-    outputs = rows * width * itemsize
-    gathered = outputs * (shape.fetch == "gather")
+    inner, outer = rows * shape.hidden, rows * shape.width
+    gate_up = matrices * pairs * shape.hidden * itemsize
+    cast = shape.num_weights * operand * (splits or own != itemsize)
+    common = cast + _ROUTING_BYTES * pairs
+
+    # The activation, beside it gathered rows, then expert outputs. What is fetched saves traffic,
+    # and memory only with fp8, where gate and up are encoded from what the kernel wrote.
+    gathered = outer * operand * (shape.fetch == "gather")
     encoded = gate_up * (shape.save == "gate_up_fp8")
-    forward = rows * hidden * itemsize + max(gathered + encoded, outputs)
-    # Rows of x and dy, then of dx; gradients of gate and up, and the weighted activation.
-    backward = rows * (2 * width + (matrices + 1) * hidden) * itemsize + sums
-    again = shape.save != "gate_up" or shape.num_chunks > 1  # computed, decoded, or a chunk's copy
-    return common + forward, common + backward + gate_up * again
+    forward = max(
+        inner * itemsize + gathered + encoded,
+        inner * operand + max(inner * itemsize * splits, outer * itemsize),
+    )
+
+    # Rows of x and dy, then of dx. Gradients of gate and up and the weighted activation are made
+    # beside gate and up, which were kept, decoded or computed anew.
+    taken, made = 2 * outer * operand, (matrices + 1) * inner
+    backward = max(gate_up + made * itemsize, (made * operand + inner * itemsize) * splits)
+    if shape.num_chunks > 1:
+        # Gradients of weights are f32 sums of what the chunks give. Results in f32 are their place;
+        # the place of others is free until the end, for rows and what is kept.
+        new = 4 * matrices * shape.num_experts * shape.width * shape.hidden
+        backward = max(backward, made * operand + new)
+        room = own * shape.num_weights * (own != 4)
+        if room:
+            backward += 4 * shape.num_weights
+        taken = max(0, taken - room)
+        fits = kept <= room * matrices // (matrices + 1)  # matrix by matrix
+        backward += kept * (not fits)
+    return common + kept + forward, common + taken + backward
 
 
 def _xla_passes(shape: MoeShape, kept: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ Rows of x stand in groups that start on tile boundaries, one group an expert: XL
 zeroed rows behind an expert's pairs, or the kernel fetches them. `project` multiplies them with
 both input matrices of their expert and applies the activation; `contract` multiplies the result
 with the output matrix. What the gradient keeps, gate and up, is written without padding, row n for
-pair n.
+pair n. f32 operands come in bf16 parts (`parts.split`).
 """
 
 import functools
@@ -15,14 +15,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float32, Int32
+from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from pallas_kernels.moe import grouped_gemm, ref
 from pallas_kernels.moe.activation import Activation, activate
 from pallas_kernels.moe.chunks import Chunks, join_chunks, map_chunks
 from pallas_kernels.moe.config import MoeConfig
 from pallas_kernels.moe.dispatch import moe_dispatch
-from pallas_kernels.moe.grouped_gemm import HALF_ROWS, TILE_DEPTH, Gemm, Outbox
+from pallas_kernels.moe.grouped_gemm import (
+    HALF_ROWS,
+    TILE_DEPTH,
+    Gemm,
+    Outbox,
+)
 from pallas_kernels.moe.groups import (
     TILE_ROWS,
     Groups,
@@ -31,17 +36,13 @@ from pallas_kernels.moe.groups import (
     gather_rows,
     group_rows,
 )
+from pallas_kernels.moe.parts import num_parts, num_products, split, step_of
+from pallas_kernels.moe.products import contract, scalars, wide_columns
 from pallas_kernels.moe.ref import Experts, Kept
 from pallas_kernels.moe.row_fetch import Rows
 
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # one value a column of an accumulator
 _TAIL = 8  # rows that are written apart: the last ones of an expert, if fewer than eight
-
-
-def scalars(groups: Groups) -> tuple[Array, ...]:
-    """What the kernels read about tiles: expert, first pair and pairs of each, and their number."""
-    tiles = groups.tiles
-    return tiles.expert, tiles.start, tiles.size, tiles.used.reshape(1)
 
 
 def _project_kernel(expert, start, size, used, *refs, gemm, activation, group, keep, biased):
@@ -54,6 +55,7 @@ def _project_kernel(expert, start, size, used, *refs, gemm, activation, group, k
     kept, hidden = out[: 2 * count * keep], out[2 * count * keep :]
     columns = gemm.accumulators[0]
     num_columns = weights[0].shape[2] // columns
+    num_steps = x.shape[1] // gemm.parts // TILE_DEPTH
     place = functools.partial(
         grouped_gemm.place, used=used[0], num_columns=num_columns, group=group
     )
@@ -66,11 +68,13 @@ def _project_kernel(expert, start, size, used, *refs, gemm, activation, group, k
         own = expert[tile]
 
         def stage(step, copy):
-            depth = pl.ds(step * TILE_DEPTH, TILE_DEPTH)
+            at, left, right = step_of(step, num_steps, gemm.parts)
+            depth = pl.ds((at + left * num_steps) * TILE_DEPTH, TILE_DEPTH)
             if tokens is None:
                 copy(x.at[rows, depth], 0)
             else:
                 copy(Rows(x.at[:, depth], tokens.at[rows]), 0)
+            depth = pl.ds((at + right * num_steps) * TILE_DEPTH, TILE_DEPTH)
             for n, weight in enumerate(weights):
                 copy(weight.at[own, depth, across], n + 1)
 
@@ -111,7 +115,7 @@ def _project_kernel(expert, start, size, used, *refs, gemm, activation, group, k
         gemm,
         ring,
         lambda: used[0] * num_columns,
-        lambda work: x.shape[1] // TILE_DEPTH,
+        lambda work: num_products(gemm.parts) * num_steps,
         load,
         multiply,
         epilogue,
@@ -153,7 +157,7 @@ class Projected(NamedTuple):
       kept: gate and up of each pair, row n for pair n, if wanted.
     """
 
-    hidden: BFloat16[Array, "P H"] | None
+    hidden: Float[Array, "P H"] | None
     kept: Kept
 
 
@@ -164,6 +168,7 @@ def project(
     experts: Experts,
     *,
     num_pairs: int,
+    dtype: Any,
     activation: Activation,
     keep: bool,
     activated: bool = True,
@@ -173,9 +178,10 @@ def project(
     """The input products of every expert, and the activation before its output product.
 
     Args:
-      x: rows in groups [P, D]; or tokens [T, D], of which the kernel fetches its rows.
+      x: rows in groups [P, D]; or tokens [T, D], of which the kernel fetches its rows; in parts.
       groups, offsets, num_pairs: where rows stand.
-      experts: weights and biases, bf16.
+      experts: weights, in parts, and biases.
+      dtype: bf16 or f32, that of the results, whose parts x and the weights are.
       activation: see `moe_ffn`.
       keep: writes gate and up.
       activated: writes the activation.
@@ -184,13 +190,17 @@ def project(
     """
     weights, biases = input_weights(experts), _input_biases(experts)
     num_experts, _, hidden = weights[0].shape
-    columns = wide_columns(hidden) if len(weights) == 1 else 128
+    # With one accumulator of f32 results, 256 columns would be a register too many.
+    narrow = len(weights) > 1 or num_parts(dtype) > 1
+    columns = 128 if narrow else wide_columns(hidden)
     gemm = Gemm(
         "moe_project",
         ((TILE_ROWS, TILE_DEPTH), *[(TILE_DEPTH, columns)] * len(weights)),
         (columns,) * len(weights),
         config.programs,
+        dtype,
         fetches=fetches,
+        parts=num_parts(dtype),
     )
     store_rows = max(num_pairs, HALF_ROWS)  # no copy may be larger than its target
     shapes = [(store_rows, hidden), (num_experts, _TAIL, hidden)] * (len(weights) * keep)
@@ -220,6 +230,12 @@ def project(
     return Projected(rows, Kept(kept[0] if len(weights) == 2 else None, kept[-1]))
 
 
+def in_parts(experts: Experts, dtype: Any) -> Experts:
+    """Weights as parts of their values in `dtype`; biases in it."""
+    cast: Any = jax.tree.map(lambda w: jnp.asarray(w, dtype), experts)
+    return Experts(*jax.tree.map(split, tuple(cast[:3])), *cast[3:])
+
+
 def input_weights(experts: Experts) -> list[Array]:
     """w_gate, if there is one, and w_up."""
     return [jnp.asarray(w) for w in (experts.w_gate, experts.w_up) if w is not None]
@@ -245,92 +261,9 @@ def _put_tails(store: Array, tails: Array, offsets: Int32[Array, "E1"]) -> Array
     return store.at[rows].set(values, mode="drop", unique_indices=True)
 
 
-def _contract_kernel(expert, start, size, used, *refs, gemm, group, transposed):
-    """out = the sum of rows · weights over all pairs of them, row tile by row tile."""
-    del start, size
-    *terms, out, ring, staging = refs
-    rows, weights = terms[::2], terms[1::2]
-    columns, width = gemm.accumulators[0], out.shape[1]
-    place = functools.partial(
-        grouped_gemm.place, used=used[0], num_columns=width // columns, group=group
-    )
-    warpgroup = lax.axis_index("warpgroup")
-    steps = rows[0].shape[1] // TILE_DEPTH
-
-    def load(work):
-        tile, column = place(work)
-        down, across = pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(column * columns, columns)
-        own = expert[tile]
-
-        def stage(step, copy):
-            def term(n):
-                depth = pl.ds((step - n * steps) * TILE_DEPTH, TILE_DEPTH)
-                block = (across, depth) if transposed else (depth, across)
-                copy(rows[n].at[down, depth], 0)
-                copy(weights[n].at[own, *block], 1)
-
-            if len(rows) == 1:
-                term(0)
-            else:
-                lax.cond(step < steps, lambda: term(0), lambda: term(1))
-
-        return stage
-
-    def multiply(accumulators, operands):
-        lhs, rhs = operands
-        lhs = lhs.at[pl.ds(warpgroup * HALF_ROWS, HALF_ROWS)]
-        plgpu.wgmma(accumulators[0], lhs, rhs.T if transposed else rhs)
-
-    def epilogue(work, values):
-        tile, column = place(work)
-        outbox = Outbox(staging)
-        row = tile * TILE_ROWS + warpgroup * HALF_ROWS
-        for first in range(0, columns, gemm.chunk):
-            target = out.at[pl.ds(row, HALF_ROWS), pl.ds(column * columns + first, gemm.chunk)]
-            block = values[0][:, first : first + gemm.chunk].astype(out.dtype)
-            outbox.put(block, lambda slot, target=target: outbox.copy(slot, target))
-
-    grouped_gemm.run(
-        gemm,
-        ring,
-        lambda: used[0] * (width // columns),
-        lambda work: len(rows) * steps,
-        load,
-        multiply,
-        epilogue,
-    )
-
-
-def contract(
-    terms: list[tuple[BFloat16[Array, "P M"], BFloat16[Array, "E ..."]]],
-    groups: Groups,
-    *,
-    name: str,
-    transposed: bool,
-    config: MoeConfig,
-) -> BFloat16[Array, "P N"]:
-    """Sum over the terms of rows · weights [E, M, N] of their expert; transposed: of [E, N, M]."""
-    rows, weights = terms[0]
-    width = weights.shape[1 if transposed else 2]
-    columns = wide_columns(width)
-    block = (columns, TILE_DEPTH) if transposed else (TILE_DEPTH, columns)
-    gemm = Gemm(name, ((TILE_ROWS, TILE_DEPTH), block), (columns,), config.programs)
-    kernel = functools.partial(
-        _contract_kernel, gemm=gemm, group=config.shared_tiles, transposed=transposed
-    )
-    out_type = jax.ShapeDtypeStruct((rows.shape[0], width), rows.dtype)
-    operands = [operand for term in terms for operand in term]
-    return grouped_gemm.call(gemm, kernel, out_type, *scalars(groups), *operands)
-
-
-def wide_columns(width: int) -> int:
-    """Columns of a tile with one accumulator."""
-    return 256 if width % 256 == 0 else 128
-
-
 @functools.partial(jax.jit, static_argnames=("activation", "keep", "chunk_tokens", "config"))
 def forward(
-    x: BFloat16[Array, "T D"],
+    x: Float[Array, "T D"],
     ids: Int32[Array, "T K"],
     gates: Float32[Array, "T K"],
     experts: Experts,
@@ -339,9 +272,9 @@ def forward(
     keep: str | None,
     chunk_tokens: int | None,
     config: MoeConfig,
-) -> tuple[BFloat16[Array, "T D"], Chunks]:
+) -> tuple[Float[Array, "T D"], Chunks]:
     """(y, what `keep` asks for, by chunks of tokens), as `ref.forward`."""
-    experts = jax.tree.map(lambda w: w.astype(x.dtype), experts)
+    dtype, experts = x.dtype, in_parts(experts, x.dtype)
 
     def chunk(carry, part):
         x, ids, gates, _ = part
@@ -354,16 +287,18 @@ def forward(
             dispatch.expert_token_offsets,
             experts,
             num_pairs=ids.size,
+            dtype=dtype,
             activation=activation,
             keep=keep is not None,
             fetches=fetches,
             config=config,
         )
-        terms: list[Any] = [(projected.hidden, experts.w_down)]
+        hidden: Any = projected.hidden
         rows = contract(
-            terms,
+            [(split(hidden), jnp.asarray(experts.w_down))],
             groups,
             name="moe_contract",
+            dtype=dtype,
             transposed=False,
             config=config,
         )
@@ -377,8 +312,8 @@ def forward(
         kept = projected.kept
         if keep == "gate_up_fp8":
             kept = jax.tree.map(ref.to_fp8, kept)
-        return carry, (y.astype(x.dtype), kept)
+        return carry, (y.astype(dtype), kept)
 
-    _, results = map_chunks(chunk, None, (x, ids, gates), chunk_tokens)
+    _, results = map_chunks(chunk, None, (split(x), ids, gates), chunk_tokens)
     y = join_chunks(Chunks(*(None if part is None else part[0] for part in results)))
     return y, Chunks(*(None if part is None else part[1] for part in results))

@@ -8,7 +8,7 @@ the width of x. No expert output is needed: a gate's gradient is ⟨dy · w_down
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,12 @@ from pallas_kernels.moe.activation import Activation, nonlinear
 from pallas_kernels.moe.chunks import Chunks, join_chunks, map_chunks
 from pallas_kernels.moe.config import MoeConfig
 from pallas_kernels.moe.dispatch import Dispatch, moe_dispatch
-from pallas_kernels.moe.grouped_gemm import HALF_ROWS, TILE_DEPTH, Gemm, Outbox
+from pallas_kernels.moe.grouped_gemm import (
+    HALF_ROWS,
+    TILE_DEPTH,
+    Gemm,
+    Outbox,
+)
 from pallas_kernels.moe.groups import (
     TILE_ROWS,
     Groups,
@@ -33,7 +38,9 @@ from pallas_kernels.moe.groups import (
     row_gates,
     sum_by_expert,
 )
-from pallas_kernels.moe.mosaic_gpu import contract, input_weights, project, scalars, wide_columns
+from pallas_kernels.moe.mosaic_gpu import in_parts, input_weights, project
+from pallas_kernels.moe.parts import num_parts, num_products, split, step_of
+from pallas_kernels.moe.products import contract, scalars, weight_gradient, wide_columns
 from pallas_kernels.moe.ref import Experts, Kept
 
 _PIECE = 16  # columns whose derivatives are computed at once
@@ -49,8 +56,8 @@ class ProjectedGradient(NamedTuple):
       d_gates: gradient of the row's gate, by tiles of columns that are yet to be summed.
     """
 
-    d_inputs: list[BFloat16[Array, "P H"]]
-    weighted: BFloat16[Array, "P H"]
+    d_inputs: list[Float[Array, "P H"]]
+    weighted: Float[Array, "P H"]
     d_gates: Float32[Array, "C P"]
 
 
@@ -61,8 +68,9 @@ def _project_gradient_kernel(
     *refs, ring, staging, inbox, arrived, row_sums = refs
     count = (len(refs) - 2) // 2
     kept, (*d_inputs, weighted, d_gates) = refs[:count], refs[count:]
-    columns = gemm.accumulators[0]
-    num_columns = w_down.shape[1] // columns
+    columns, hidden = gemm.accumulators[0], w_down.shape[1] // gemm.parts
+    num_columns = hidden // columns
+    num_steps = w_down.shape[2] // TILE_DEPTH
     place = functools.partial(
         grouped_gemm.place, used=used[0], num_columns=num_columns, group=group
     )
@@ -71,13 +79,13 @@ def _project_gradient_kernel(
 
     def load(work):
         tile, column = place(work)
-        rows, across = pl.ds(tile * TILE_ROWS, TILE_ROWS), pl.ds(column * columns, columns)
-        own = expert[tile]
+        rows, own = pl.ds(tile * TILE_ROWS, TILE_ROWS), expert[tile]
 
         def stage(step, copy):
-            depth = pl.ds(step * TILE_DEPTH, TILE_DEPTH)
-            copy(dy.at[rows, depth], 0)
-            copy(w_down.at[own, across, depth], 1)
+            at, left, right = step_of(step, num_steps, gemm.parts)
+            copy(dy.at[rows, pl.ds((at + left * num_steps) * TILE_DEPTH, TILE_DEPTH)], 0)
+            across = pl.ds(column * columns + right * hidden, columns)
+            copy(w_down.at[own, across, pl.ds(at * TILE_DEPTH, TILE_DEPTH)], 1)
 
         return stage
 
@@ -128,7 +136,7 @@ def _project_gradient_kernel(
         gemm,
         ring,
         lambda: used[0] * num_columns,
-        lambda work: dy.shape[1] // TILE_DEPTH,
+        lambda work: num_products(gemm.parts) * num_steps,
         load,
         multiply,
         epilogue,
@@ -153,25 +161,33 @@ def _differentiate(activation, blocks, d_activated, weight):
 
 
 def project_gradient(
-    dy_rows: BFloat16[Array, "P D"],
+    dy_rows: BFloat16[Array, "P Dp"],
     groups: Groups,
     row_gates: Float32[Array, "P"],
-    kept: list[BFloat16[Array, "N H"]],
-    w_down: BFloat16[Array, "E H D"],
+    kept: list[Float[Array, "N H"]],
+    w_down: BFloat16[Array, "E Hp D"],
     *,
     activation: Activation,
     config: MoeConfig,
 ) -> ProjectedGradient:
-    """The gradient before the activation, from that of the output and what was kept."""
-    num_rows, hidden = dy_rows.shape[0], w_down.shape[1]
+    """The gradient before the activation, from that of the output and what was kept.
+
+    Rows and weights are in parts, their sizes Dp and Hp being those of D and H times the parts;
+    results are in the dtype of what was kept.
+    """
+    dtype = kept[0].dtype
+    num_rows, hidden = dy_rows.shape[0], kept[0].shape[1]
     columns = wide_columns(hidden)
-    blocks = (2, len(kept), HALF_ROWS, TILE_DEPTH)
+    line = 128 // dtype.itemsize
+    blocks = (2, len(kept), HALF_ROWS, line)
     gemm = Gemm(
         "moe_project_gradient",
         ((TILE_ROWS, TILE_DEPTH), (columns, TILE_DEPTH)),
         (columns,),
         config.programs,
-        other_bytes=2 * math.prod(blocks) + 2 * 4 * HALF_ROWS,
+        dtype,
+        other_bytes=dtype.itemsize * math.prod(blocks) + 2 * 4 * HALF_ROWS,
+        parts=num_parts(dtype),
     )
     missing = max(0, HALF_ROWS - kept[0].shape[0])  # no copy may be larger than its source
     kept = [jnp.pad(store, ((0, missing), (0, 0))) if missing else store for store in kept]
@@ -191,7 +207,7 @@ def project_gradient(
         w_down,
         *kept,
         scratch=[
-            grouped_gemm.swizzled(blocks, rows=1),
+            grouped_gemm.swizzled(blocks, dtype, rows=1),
             plgpu.Barrier(num_arrivals=len(kept), num_barriers=2),
             plgpu.SMEM((2, HALF_ROWS), jnp.float32),
         ],
@@ -199,149 +215,69 @@ def project_gradient(
     return ProjectedGradient(d_inputs, weighted, d_gates)
 
 
-def _weight_gradient_kernel(first_row, steps, lhs, *refs, gemm):
-    """out[e] = the sum of lhsᵀ · rhs over the rows of expert e."""
-    *refs, ring, staging = refs
-    rhs, out = refs[: len(refs) // 2], refs[len(refs) // 2 :]
-    columns = gemm.accumulators[0]
-    num_experts, height, width = out[0].shape
-    num_columns = width // columns
-    tiles = height // TILE_ROWS * num_columns
-    warpgroup = lax.axis_index("warpgroup")
-
-    def place(work):
-        expert, tile = lax.div(work, tiles), lax.rem(work, tiles)
-        return expert, lax.div(tile, num_columns), lax.rem(tile, num_columns)
-
-    def load(work):
-        expert, row, column = place(work)
-        begin = first_row[expert]
-
-        def stage(step, copy):
-            depth = pl.ds(pl.multiple_of(begin + step * TILE_DEPTH, TILE_DEPTH), TILE_DEPTH)
-            for half in range(2):
-                across = pl.ds(row * TILE_ROWS + half * HALF_ROWS, HALF_ROWS)
-                copy(lhs.at[depth, across], 0, half)
-            for n, rows in enumerate(rhs):
-                copy(rows.at[depth, pl.ds(column * columns, columns)], n + 1)
-
-        return stage
-
-    def multiply(accumulators, operands):
-        for accumulator, rows in zip(accumulators, operands[1:], strict=True):
-            plgpu.wgmma(accumulator, operands[0].at[warpgroup].T, rows)
-
-    def epilogue(work, values):
-        expert, row, column = place(work)
-        outbox = Outbox(staging)
-        down = pl.ds(row * TILE_ROWS + warpgroup * HALF_ROWS, HALF_ROWS)
-        for store, value in zip(out, values, strict=True):
-            for first in range(0, columns, gemm.chunk):
-                target = store.at[expert, down, pl.ds(column * columns + first, gemm.chunk)]
-                block = value[:, first : first + gemm.chunk].astype(gemm.dtype)
-                outbox.put(block, lambda slot, target=target: outbox.copy(slot, target))
-
-    grouped_gemm.run(
-        gemm,
-        ring,
-        lambda: jnp.int32(num_experts * tiles),
-        lambda work: steps[lax.div(work, tiles)],
-        load,
-        multiply,
-        epilogue,
-    )
-
-
-def weight_gradient(
-    lhs: BFloat16[Array, "P M"],
-    rhs: list[BFloat16[Array, "P N"]],
-    counts: Int32[Array, "E"],
-    *,
-    name: str,
-    dtype: Any,
-    config: MoeConfig,
-) -> list[Float[Array, "E M N"]]:
-    """lhsᵀ · rhs of each expert's rows; zeros for an expert without. Rows without a pair are 0."""
-    whole = (counts + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
-    height, width = lhs.shape[1], rhs[0].shape[1]
-    columns = wide_columns(width) // len(rhs)
-    gemm = Gemm(
-        name,
-        ((2, TILE_DEPTH, HALF_ROWS), *[(TILE_DEPTH, columns)] * len(rhs)),
-        (columns,) * len(rhs),
-        config.programs,
-        dtype,
-    )
-    return grouped_gemm.call(
-        gemm,
-        functools.partial(_weight_gradient_kernel, gemm=gemm),
-        [jax.ShapeDtypeStruct((counts.size, height, width), dtype)] * len(rhs),
-        jnp.cumsum(whole) - whole,
-        (counts + TILE_DEPTH - 1) // TILE_DEPTH,
-        lhs,
-        *rhs,
-    )
-
-
 @functools.partial(jax.jit, static_argnames=("activation", "chunk_tokens", "config"))
 def backward(
-    x: BFloat16[Array, "T D"],
+    x: Float[Array, "T D"],
     ids: Int32[Array, "T K"],
     gates: Float32[Array, "T K"],
     experts: Experts,
     kept: Chunks | None,
-    dy: BFloat16[Array, "T D"],
+    dy: Float[Array, "T D"],
     *,
     activation: Activation,
     chunk_tokens: int | None,
     config: MoeConfig,
-) -> tuple[BFloat16[Array, "T D"], Float32[Array, "T K"], Experts]:
+) -> tuple[Float[Array, "T D"], Float32[Array, "T K"], Experts]:
     """(dx, d_gates, d_experts) from what `mosaic_gpu.forward` kept; chunk after chunk."""
-    own_dtype = experts.w_up.dtype
-    experts = jax.tree.map(lambda w: w.astype(x.dtype), experts)
+    own_dtype, x_dtype = experts.w_up.dtype, x.dtype
+    parts = in_parts(experts, x_dtype)
     whole = chunk_tokens is None or chunk_tokens >= x.shape[0]
     # Sums over several chunks are f32; a single chunk's come straight in the weights' dtype.
     dtype = own_dtype if whole else jnp.dtype(jnp.float32)
 
     def chunk(d_experts, part):
-        x, ids, gates, dy, kept = part
-        results, new = _chunk_gradient(x, ids, gates, experts, kept, dy, activation, dtype, config)
+        how = {"activation": activation, "x_dtype": x_dtype, "dtype": dtype, "config": config}
+        results, new = _chunk_gradient(parts, *part, **how)
         return (new if whole else jax.tree.map(jnp.add, d_experts, new)), results
 
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, dtype), experts)
-    d_experts, results = map_chunks(chunk, zeros, (x, ids, gates, dy), chunk_tokens, kept)
+    d_experts, results = map_chunks(chunk, zeros, (split(x), ids, gates, dy), chunk_tokens, kept)
     dx, d_gates = join_chunks(results)
     return dx, d_gates, d_experts
 
 
-def _chunk_gradient(x, ids, gates, experts: Experts, kept: Kept, dy, activation, dtype, config):
-    """((dx, d_gates), d_experts) of a chunk of tokens."""
+def _chunk_gradient(experts, x, ids, gates, dy, kept, *, activation, x_dtype, dtype, config):
+    """((dx, d_gates), d_experts) of a chunk of tokens; x and the weights are in parts."""
     num_experts = experts.w_up.shape[0]
     dispatch = moe_dispatch(ids, num_experts=num_experts)
     groups = group_rows(dispatch)
     counts = jnp.diff(dispatch.expert_token_offsets)
-    w_down, dy = jnp.asarray(experts.w_down), dy.astype(x.dtype)
-    x_rows, dy_rows = gather_rows(x, groups), gather_rows(dy, groups)
+    dy = dy.astype(x_dtype)
+    x_rows, dy_rows = gather_rows(x, groups), gather_rows(split(dy), groups)
     before = project_gradient(
         dy_rows,
         groups,
         row_gates(gates, dispatch, groups),
-        _kept(kept, x_rows, dispatch, groups, experts, activation, config),
-        w_down,
+        _kept(kept, x_rows, dispatch, groups, experts, activation, x_dtype, config),
+        experts.w_down,
         activation=activation,
         config=config,
     )
-    gradient = functools.partial(weight_gradient, counts=counts, dtype=dtype, config=config)
-    *d_w_gate, d_w_up = gradient(x_rows, before.d_inputs, name="moe_input_weight_gradient")
-    (d_w_down,) = gradient(before.weighted, [dy_rows], name="moe_output_weight_gradient")
+    gradient = functools.partial(
+        weight_gradient, counts=counts, parts=num_parts(x_dtype), dtype=dtype, config=config
+    )
+    d_inputs = [split(rows) for rows in before.d_inputs]
+    *d_w_gate, d_w_up = gradient(x_rows, d_inputs, name="moe_input_weight_gradient")
+    (d_w_down,) = gradient(split(before.weighted), [dy_rows], name="moe_output_weight_gradient")
     dx_rows = contract(
-        list(zip(before.d_inputs, input_weights(experts), strict=True)),
+        list(zip(d_inputs, input_weights(experts), strict=True)),
         groups,
         name="moe_contract_gradient",
+        dtype=x_dtype,
         transposed=True,
         config=config,
     )
-    dx = combine(dx_rows, None, groups.rows).astype(x.dtype)
+    dx = combine(dx_rows, None, groups.rows).astype(x_dtype)
     d_gates = jnp.sum(before.d_gates, axis=0)[jnp.maximum(groups.rows, 0)]
     d_gates = jnp.where(groups.rows >= 0, d_gates, 0)
     d_biases = [sum_by_expert(rows, groups, num_experts).astype(dtype) for rows in before.d_inputs]
@@ -370,7 +306,9 @@ def _output_bias_gradient(b_down, gates, ids, dy, dtype):
     return d_b_down, jnp.take_along_axis(products, experts, axis=1)
 
 
-def _kept(kept: Kept | None, x_rows, dispatch: Dispatch, groups, experts, activation, config):
+def _kept(
+    kept: Kept | None, x_rows, dispatch: Dispatch, groups, experts, activation, dtype, config
+):
     """[gate, up] or [up]: what was kept, decoded; or the products anew."""
     if kept is None or kept.up is None:
         kept = project(
@@ -379,6 +317,7 @@ def _kept(kept: Kept | None, x_rows, dispatch: Dispatch, groups, experts, activa
             dispatch.expert_token_offsets,
             experts,
             num_pairs=dispatch.expert_token_indices.shape[0],
+            dtype=dtype,
             activation=activation,
             keep=True,
             activated=False,
@@ -389,6 +328,6 @@ def _kept(kept: Kept | None, x_rows, dispatch: Dispatch, groups, experts, activa
         if not isinstance(store, tuple):
             return store
         codes, scales = store
-        return (codes.astype(jnp.float32) * scales[:, None]).astype(x_rows.dtype)
+        return (codes.astype(jnp.float32) * scales[:, None]).astype(dtype)
 
     return [decode(store) for store in kept if store is not None]

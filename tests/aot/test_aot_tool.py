@@ -52,6 +52,19 @@ def test_mosaic_kernel_is_reported():
         report.kernel("other")
 
 
+def test_loops_of_a_disassembly():
+    lines = ["MOV R1, c[0x0][0x28]", "IADD3 R2, R2, 0x1", "@P1 BRA 0x20", "@!UP0 FADD R3, R2"]
+    lines += ["BRA 0x10", "@P2 BRA 0x70", "EXIT", "@!P3 BRA 0x70", "BRA 0x20"]
+    listing = "".join(f"    /*{16 * n:04x}*/   {line} ;\n" for n, line in enumerate(lines))
+    module = aot._Module("", 0)
+    vars(module)["instructions"] = aot._parse_sass(f"\tFunction : own\n{listing}")
+    kernel = aot.KernelReport("own", module)
+    assert kernel.instructions.total() == len(lines)
+    inner, outer = kernel.loops
+    assert inner == {"BRA": 1}
+    assert outer == {"IADD3": 1, "BRA": 2, "FADD": 1}
+
+
 def test_the_same_kernel_is_reported_again():
     first, second = (compile_for_h200(scale, VECTOR) for _ in range(2))
     assert first.kernels == second.kernels

@@ -3,13 +3,21 @@
 import dataclasses
 import functools
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.aot import aot_available, compile_for_h200
-from pallas_kernels.moe import MoeConfig, moe_dispatch, moe_ffn, saved_bytes
+from pallas_kernels.moe import (
+    MoeConfig,
+    MoeShape,
+    moe_dispatch,
+    moe_ffn,
+    moe_memory,
+    saved_bytes,
+)
 from pallas_kernels.moe.groups import gather_rows, group_rows
 from pallas_kernels.moe.mosaic_gpu import project
 from pallas_kernels.moe.ref import Experts
@@ -29,6 +37,7 @@ STAGE = {
     "moe_output_weight_gradient": ("HGMMA.64x256x16", 4),
     "moe_contract_gradient": ("HGMMA.64x256x16", 4),
 }
+LOADS = dict(zip(STAGE, (3, 2, 2, 4, 3, 2), strict=True))  # copies into a stage
 
 
 def gemms(report):
@@ -55,6 +64,40 @@ def check(report, names):
         assert not atomics, f"{kernel.name} would not be deterministic"
 
 
+class Tile(NamedTuple):
+    """What a tile of 128 rows and 256 columns costs each of a multiprocessor's four schedulers.
+
+    Attributes:
+      products: cycles of its matrix instructions, at 2048 multiply-adds a cycle: the least that it
+        can take, as none of them is narrower than the tile allows or issued twice (`STAGE`).
+      beside: instructions issued meanwhile, by a warp of either compute warpgroup and a producer's.
+      after: instructions of the epilogue, by two warps, while this tile has no products.
+    """
+
+    products: int
+    beside: int
+    after: int
+
+
+def tile_of(kernel, steps: int) -> Tile:
+    """Of a kernel whose sum takes so many stages, each 64 deep."""
+
+    def count(loop, opcode):
+        return sum(loop[name] for name in loop if name.startswith(opcode))
+
+    name = kernel.name.removesuffix("_mosaic_gpu_kernel")
+    a_stage = STAGE[name][1]
+    # The loop over stages has the first one before it; or it is unrolled into that over tiles.
+    *inner, tile = [loop for loop in kernel.loops if count(loop, "HGMMA")]
+    stages = [count(loop, "HGMMA") // a_stage for loop in (*inner, tile)]
+    assert stages in ([1, 2], [steps]), name
+    loop = inner[0].total() if inner else 0
+    after = tile.total() - (2 * loop if inner else 0)  # an unrolled one all counts as epilogue
+    loads = next(loop for loop in kernel.loops if count(loop, "UTMALDG"))
+    load = loads.total() * LOADS[name] / count(loads, "UTMALDG")
+    return Tile(1024 * steps, round(steps * (2 * loop + load)), 2 * after)
+
+
 def test_forward():
     workload = WORKLOADS["sonic_7b"]
     report = compile_for_h200(workload.run, *workload.shapes())  # no name means the kernel
@@ -75,6 +118,16 @@ def test_gradient(name):
     # x_rows, dy_rows and later dx_rows; d_gate, d_up and the weighted activation.
     transient = 2 * rows * (2 * workload.width + 3 * workload.hidden)
     assert report.temp_bytes < saved_bytes(*sizes) + transient + 64 * pairs
+    deep, wide = workload.width // 64, workload.hidden // 64
+    rows_of_expert = workload.num_pairs // workload.num_experts // 64
+    steps = dict(zip(STAGE, (deep, wide, deep, *[rows_of_expert] * 2, 2 * wide), strict=True))
+    for gemm in gemms(report):
+        own = gemm.name.removesuffix("_mosaic_gpu_kernel")
+        tile = tile_of(gemm, steps[own])
+        assert tile.beside <= 0.3 * tile.products, f"{own}: products would wait for instructions"
+        # Differentiating the activation is more work: at the least for rows of 2048.
+        least = max(tile.products, 1024 * 2048 // 64 * (own == "moe_project_gradient"))
+        assert tile.after <= 0.3 * least, f"{own}: the epilogue is too long"
 
 
 @pytest.mark.parametrize("activation", ["geglu", "silu"])
@@ -119,6 +172,7 @@ def test_fetched_rows_need_no_copy(name):
             dispatch.expert_token_offsets,
             Experts(w_gate, w_up, w_down, None, None, None),
             num_pairs=w.num_pairs,
+            dtype=x.dtype,
             activation="swiglu",
             keep=False,
             fetches=fetch,
@@ -137,6 +191,34 @@ def test_fetched_rows_need_no_copy(name):
     assert kernel.count("HGMMA") == other.count("HGMMA")
     assert kernel.count("LDGSTS.E.BYPASS.128") == kernel.count("LDGSTS") == 8, "16 bytes a thread"
     assert kernel.count("UTMALDG") == 2, "the weights"
+
+
+@pytest.mark.parametrize(("activation", "save"), [("swiglu", "gate_up"), ("silu", "x")])
+def test_f32(activation, save):
+    """The same kernels in six times the steps, and a peak that is predicted."""
+    w = WORKLOADS["conf6"]
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in w.shapes()]
+    x, up, down = (jax.ShapeDtypeStruct(shapes[n].shape, jnp.float32) for n in (0, 4, 5))
+    weights = (None if activation == "silu" else up, up, down)
+
+    def run(x, ids, gates, weights, dy):
+        def op(x, gates, weights):
+            return moe_ffn(x, ids, gates, *weights, activation=activation, save=save)
+
+        y, pull = jax.vjp(op, x, gates, weights)
+        return y, pull(dy)
+
+    report = compile_for_h200(run, x, *shapes[1:3], weights, x)
+    assert "reduce-precision" in report.hlo_text, "the high part is not the value itself"
+    if activation == "swiglu":
+        check(report, list(STAGE))
+    for kernel in gemms(report):
+        assert kernel.spill_store_bytes == kernel.spill_load_bytes == kernel.stack_bytes == 0
+        assert kernel.count("HGMMA") > 0
+    sizes = (w.num_tokens, w.width, w.hidden, w.num_experts, w.slots)
+    memory = moe_memory(MoeShape(*sizes, activation=activation, save=save, itemsize=4))
+    compiled = memory.arguments + memory.results + report.temp_bytes
+    assert abs(memory.peak / compiled - 1) < 0.1
 
 
 def test_chunks_bound_the_memory():

@@ -1,9 +1,11 @@
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from experiments import moe_memory, record
+from pallas_kernels import aot
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,30 @@ def test_chunks_flatten_the_peak_and_more_fits():
     fit = moe_memory.fit_row("conf3", 12, "H100", 80)
     assert fit["gate_up"] < fit["gate_up, chunks"] < fit["gate_up_fp8, chunks"] < fit["x, chunks"]
     assert fit["gate_up"] < moe_memory.fit_row("conf3", 12, "H200", 141)["gate_up"]
+
+
+def test_compiled_peaks_are_kept_as_they_come(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_for_h200(run, x, *args, kernels):
+        assert not kernels
+        compiled.append(x.shape)
+        sizes = dict.fromkeys(("argument", "output", "temp"), 1) | {"temp": len(compiled)}
+        analysis = SimpleNamespace(**{f"{name}_size_in_bytes": n for name, n in sizes.items()})
+        return SimpleNamespace(compiled=SimpleNamespace(memory_analysis=lambda: analysis))
+
+    monkeypatch.setattr(aot, "aot_available", lambda: None)
+    monkeypatch.setattr(aot, "compile_for_h200", compile_for_h200)
+    monkeypatch.setattr(moe_memory, "RUNS", tmp_path)
+    monkeypatch.setattr(record, "git_sources", lambda folder: "1234")
+    shapes = [moe_memory.shape_of("conf1", num_tokens=tokens) for tokens in (128, 256, 128)]
+    assert [moe_memory._compiler(1)(shape) for shape in shapes] == [3, 4, 3]
+    assert len(compiled) == 2
+    later = moe_memory._compiler(0)
+    assert later(shapes[1]) == 4
+    assert later(moe_memory.shape_of("conf2")) is None, "no time is left"
+    monkeypatch.setattr(record, "git_sources", lambda folder: None)
+    assert moe_memory._compiler(1)(shapes[0]) == 5, "what is not committed may differ"
 
 
 def test_the_tables_are_printed_and_recorded(tmp_path, monkeypatch, capsys):

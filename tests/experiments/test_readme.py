@@ -1,13 +1,12 @@
-from pathlib import Path
-
 from experiments import record, report
 
-README = Path(__file__).parents[2] / "README.md"
 
-
-def test_readme_shows_the_recorded_results():
-    text = README.read_text()
-    assert report.fill_sections(text) == text, "run `python -m experiments.report`"
+def test_readmes_show_the_recorded_results():
+    texts = [readme.read_text() for readme in report.READMES]
+    for text in texts:
+        assert report.fill_sections(text) == text, "run `python -m experiments.report`"
+    for name in report.SECTIONS:
+        assert "".join(texts).count(f"<!-- results: {name} -->") == 1
 
 
 def test_every_result_was_recorded_from_a_clean_tree():

@@ -64,3 +64,16 @@ def test_html_is_escaped(tmp_path):
     text = page.read_text()
     assert "<script>" not in text
     assert "<td>&lt;b&gt;</td>" in text
+
+
+def test_sources_are_named_by_what_they_hold(monkeypatch):
+    said = {"ls-files": "100644 1234 0\tkernels/a.py", "status": ""}
+    monkeypatch.setattr(record, "_git", lambda command, *_: said[command])
+    name = record.git_sources("kernels")
+    assert name == record.git_sources("kernels")
+    said["ls-files"] = "100644 5678 0\tkernels/a.py"
+    assert record.git_sources("kernels") not in (name, None)
+    said["status"] = " M kernels/a.py"
+    assert record.git_sources("kernels") is None
+    said.update({"ls-files": "", "status": ""})
+    assert record.git_sources("kernels") is None, "outside a checkout"

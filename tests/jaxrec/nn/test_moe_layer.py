@@ -76,6 +76,34 @@ def test_every_parameter_learns(activation):
         assert float(jnp.abs(grad).max()) > 0, path
 
 
+def test_directional_finite_differences():
+    """Router, gates, experts and losses at once, where no token changes its experts."""
+    moe = layer(bias=True, shared_hidden=5)
+    rebuild, params = split_params(moe)
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(X.shape), jnp.float32)
+
+    @jax.jit
+    def loss(params, x):
+        out, report = rebuild(params)(x)
+        return jnp.vdot(out, weights) + report.loss
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, X)
+    leaves, tree = jax.tree.flatten((params, X))
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        steps = [rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+
+        def moved(by, steps=steps):
+            at = [leaf + by * step for leaf, step in zip(leaves, steps, strict=True)]
+            return float(loss(*jax.tree.unflatten(tree, at)))
+
+        slope = (moved(1e-3) - moved(-1e-3)) / 2e-3
+        grads = jax.tree.leaves(gradient)
+        mine = sum(float(np.vdot(g, step)) for g, step in zip(grads, steps, strict=True))
+        assert abs(slope) > 1
+        assert mine == pytest.approx(slope, rel=1e-2)
+
+
 def test_padding_gives_zeros_and_no_gradient():
     moe = layer(shared_hidden=5)
     valid = jnp.arange(30) < 20

@@ -48,13 +48,13 @@ def cotangent(case, seed=99):
     return np.random.default_rng(seed).standard_normal(case["x"].shape).astype(np.float32)
 
 
-def check(case, *, atol=1e-4, dtype=np.float32, activation="swiglu", **options):
+def check(case, *, atol=1e-4, relative=False, dtype=np.float32, activation="swiglu", **options):
     dy = cotangent(case)
     y, grads = value_and_gradients(case, dy, dtype, activation=activation, **options)
     wanted_y, wanted = cases.expected(case, dy, activation)
-    np.testing.assert_allclose(np.float64(y), wanted_y, rtol=atol, atol=atol)
+    np.testing.assert_allclose(np.float64(y), wanted_y, rtol=atol * relative, atol=atol)
     for name, grad in grads.items():
-        scale = max(1, np.abs(wanted[name]).max())
+        scale = max(1, np.abs(wanted[name]).max()) if relative else 1
         np.testing.assert_allclose(np.float64(grad), wanted[name], atol=atol * scale, err_msg=name)
     return y, grads
 
@@ -74,7 +74,8 @@ def test_equals_the_loop_over_experts(tokens, width, slots, bias):
 @pytest.mark.parametrize("width", [100, 128, 256, 512, 600])
 @pytest.mark.parametrize("slots", [2, 3, 4])
 def test_equals_the_loop_on_the_published_grid(tokens, width, slots, bias):
-    check(cases.inputs(1, tokens, width, width // slots, 8, slots, bias=bias))
+    # Narrow experts with biases have gradients of several hundred.
+    check(cases.inputs(1, tokens, width, width // slots, 8, slots, bias=bias), relative=True)
 
 
 @pytest.mark.parametrize("activation", ["geglu", "silu"])
@@ -91,12 +92,12 @@ def test_bf16(save):
         k: v if v is None or k in ("expert_ids", "gates") else v.astype(jnp.bfloat16)
         for k, v in case.items()
     }
-    check(rounded, dtype=jnp.bfloat16, atol=2e-2, save=save)
+    check(rounded, dtype=jnp.bfloat16, atol=2e-2, relative=True, save=save)
 
 
 def test_fp8_storage_is_close():
     case = cases.inputs(4, 128, 64, 48, 4, 2)
-    y, grads = check(case, save="gate_up_fp8", atol=8e-2)
+    y, grads = check(case, save="gate_up_fp8", atol=8e-2, relative=True)
     exact, _ = value_and_gradients(case, cotangent(case), save="gate_up")
     np.testing.assert_array_equal(y, exact)
     assert all(np.isfinite(g).all() for g in grads.values())
@@ -121,9 +122,7 @@ def test_every_pattern_of_empty_experts():
     case = cases.inputs(7, 24, 8, 8, 8, 1)
     dy = cotangent(case)
     for used in itertools.product([False, True], repeat=8):
-        chosen = np.flatnonzero(used)
-        if not chosen.size:
-            continue
+        chosen = np.flatnonzero(used) if any(used) else np.array([-1])  # or nobody is routed
         ids = chosen[np.arange(24) % chosen.size][:, None].astype(np.int32)
         _, grads = value_and_gradients(case | {"expert_ids": ids}, dy)
         _, wanted = cases.expected(case | {"expert_ids": ids}, dy)

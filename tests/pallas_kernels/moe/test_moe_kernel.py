@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import moe_cases as cases
 import numpy as np
 import pytest
 from simulated_moe import residuals, value_and_gradients
@@ -18,6 +20,7 @@ from pallas_kernels.moe.chunks import Chunks
 from pallas_kernels.moe.config import kernel_problem
 from pallas_kernels.moe.dispatch import group_tiles, moe_dispatch
 from pallas_kernels.moe.groups import TILE_ROWS
+from pallas_kernels.moe.parts import num_products, split, step_of
 from pallas_kernels.moe.workloads import WORKLOADS
 
 FORWARD = "pallas_kernels.moe.mosaic_gpu:forward"
@@ -195,24 +198,75 @@ def test_simulated_op_in_chunks_equals_reference(save):
         close(ours, theirs, 1e-2 if save == "gate_up" else 5e-2)
 
 
+F32_CASES = [
+    # tokens, width, hidden width, experts, slots, activation, biases, save, tokens of a chunk
+    (1, 128, 128, 8, 2, "swiglu", False, "gate_up", None),
+    (70, 128, 128, 4, 3, "geglu", True, "gate_up", None),
+    (64, 128, 256, 2, 2, "silu", False, "x", 32),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", F32_CASES, ids=str)
+def test_simulated_op_in_f32_is_within_1e_4_of_float64(sizes):
+    *shape, activation, bias, save, chunk_tokens = sizes
+    case = cases.inputs(0, *shape, bias=bias, gated=activation != "silu")
+    dy = np.random.default_rng(1).standard_normal(case["x"].shape).astype(np.float32)
+    experts = ref.Experts(*(case[name] for name in cases.WEIGHTS))
+    given = (case["x"], case["expert_ids"], case["gates"], experts, dy)
+    how = {"activation": activation, "save": save, "chunk_tokens": chunk_tokens, "config": CONFIG}
+    call = "simulated_moe:value_and_gradients"
+    [(y, (dx, d_gates, d_experts))] = simulate(call, [(given, how)], timeout_s=400)
+    want, grads = cases.expected(case, dy, activation)
+    found = dict(zip(cases.WEIGHTS, d_experts, strict=True)) | {"x": dx, "gates": d_gates}
+    for ours, theirs in [(y, want)] + [(found[name], grads[name]) for name in grads]:
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_parts_of_f32_are_the_value():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((64, 8)) * 2.0 ** rng.integers(-90, 120, (64, 8))
+    values = values.astype(np.float32)
+    parts = np.split(np.asarray(jax.jit(split)(values), np.float64), 3, axis=1)
+    np.testing.assert_array_equal(sum(parts), values)
+    for high, low in itertools.pairwise(parts):
+        assert (np.abs(low) <= 2.0**-8 * np.abs(high)).all()
+    bf16 = jnp.asarray(values, jnp.bfloat16)
+    assert split(bf16) is bf16
+
+
+def test_steps_multiply_every_part_but_the_smallest_and_in_the_order_of_size():
+    steps = [tuple(map(int, step_of(n, 2, 3))) for n in range(2 * num_products(3))]
+    assert sorted(steps) == [(a, b, c) for a in (0, 1) for b in range(3) for c in range(3 - b)]
+    sizes = [left + right for _, left, right in steps]
+    assert sizes == sorted(sizes, reverse=True)
+    assert [step_of(n, 2, 1) for n in range(2)] == [(0, 0, 0), (1, 0, 0)]
+
+
 @pytest.mark.parametrize("save", ["gate_up", "gate_up_fp8", "x"])
 @pytest.mark.parametrize("chunk_tokens", [None, 64])
-@pytest.mark.parametrize("activation", ["swiglu", "silu"])
-def test_kept_bytes_are_the_formula(save, chunk_tokens, activation):
+@pytest.mark.parametrize(
+    ("activation", "dtype"), [("swiglu", "bfloat16"), ("silu", "bfloat16"), ("swiglu", "float32")]
+)
+def test_kept_bytes_are_the_formula(save, chunk_tokens, activation, dtype):
     x, ids, gates, experts = arguments("empty", activation=activation)
+    x = x.astype(dtype)
     how = {"activation": activation, "save": save, "chunk_tokens": chunk_tokens, "config": CONFIG}
     run = functools.partial(residuals, **how)
     _, pull = jax.eval_shape(run, x, ids, np.nan_to_num(gates), experts)
     kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
     weights = sum(weight.nbytes for weight in jax.tree.leaves(experts))
     (tokens, width), hidden = x.shape, experts.w_up.shape[2]
-    formula = saved_bytes(tokens, width, hidden, ids.shape[1], save=save, activation=activation)
-    assert kept - weights == formula
+    sizes = (tokens, width, hidden, ids.shape[1])
+    how = {"save": save, "activation": activation, "itemsize": x.dtype.itemsize}
+    assert kept - weights == saved_bytes(*sizes, **how)
 
 
 def test_unsupported_calls_are_explained(monkeypatch):
-    assert "x is float32" in (kernel_problem(jax.ShapeDtypeStruct((64, 128), jnp.float32)) or "")
-    assert kernel_problem(jax.ShapeDtypeStruct((1, 100), jnp.bfloat16)) is None
+    assert "x is float16" in (kernel_problem(jax.ShapeDtypeStruct((64, 128), jnp.float16)) or "")
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert kernel_problem(jax.ShapeDtypeStruct((1, 100), dtype)) is None
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=r"MoeConfig\.fetch is 'tma'"):
         MoeConfig(fetch="tma")  # type: ignore[arg-type]
@@ -301,9 +355,10 @@ class TestOnGpu:
             close(got, want, 5e-2 if save == "gate_up_fp8" else 2e-2)
 
     @pytest.mark.parametrize("name", ["empty", "one takes all", "whole tiles"])
-    def test_fetched_rows_give_the_bits_of_gathered_ones(self, name):
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+    def test_fetched_rows_give_the_bits_of_gathered_ones(self, name, dtype):
         x, ids, gates, experts = jax.tree.map(jnp.asarray, arguments(name, width=384, hidden=640))
-        gates = jnp.nan_to_num(gates)
+        x, gates = x.astype(dtype), jnp.nan_to_num(gates)
 
         def run(fetch):
             weights, config = experts[:3], MoeConfig(fetch=fetch)
@@ -311,6 +366,44 @@ class TestOnGpu:
 
         compiled = jax.jit(run, static_argnums=0)
         np.testing.assert_array_equal(compiled("fused"), compiled("gather"))
+
+    @pytest.mark.parametrize("tokens", [1, 256, 512])
+    @pytest.mark.parametrize("width", [100, 128, 256, 512, 600])
+    @pytest.mark.parametrize("slots", [2, 3, 4])
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_f32_is_within_1e_4_of_float64(self, tokens, width, slots, bias):
+        case = cases.inputs(0, tokens, width, 4 * width // slots, 8, slots, bias=bias)
+        dy = np.random.default_rng(1).standard_normal(case["x"].shape).astype(np.float32)
+        want, grads = cases.expected(case, dy)
+        ids = case.pop("expert_ids")
+        arrays = {name: jnp.asarray(value) for name, value in case.items() if value is not None}
+
+        @jax.jit
+        def run(arrays):
+            return jax.vjp(lambda a: moe_ffn(expert_ids=ids, backend="mosaic_gpu", **a), arrays)
+
+        y, pull = run(arrays)
+        np.testing.assert_allclose(y, want, rtol=0, atol=1e-4)
+        for name, ours in pull(jnp.asarray(dy))[0].items():
+            np.testing.assert_allclose(ours, grads[name], rtol=0, atol=1e-4)
+
+    def test_every_pattern_of_empty_experts(self):
+        case = cases.inputs(0, 256, 128, 128, 8, 1)
+        del case["expert_ids"]
+        arrays = {k: jnp.asarray(v, jnp.bfloat16) for k, v in case.items() if v is not None}
+
+        @functools.partial(jax.jit, static_argnames="backend")
+        def run(ids, backend):
+            y, pull = jax.vjp(lambda a: moe_ffn(expert_ids=ids, backend=backend, **a), arrays)
+            return y, pull(arrays["x"])[0]
+
+        for used in itertools.product([False, True], repeat=8):
+            chosen = np.flatnonzero(used) if any(used) else np.array([-1])
+            ids = jnp.asarray(chosen[np.arange(256) % chosen.size][:, None], jnp.int32)
+            (y, grads), want = run(ids, "mosaic_gpu"), run(ids, "xla")
+            jax.tree.map(lambda a, b: close(a, b, 2e-2), (y, grads), want)
+            for name in ("w_gate", "w_up", "w_down"):
+                assert not np.asarray(grads[name], np.float32)[~np.array(used)].any()
 
     @pytest.mark.parametrize("activation", ["swiglu", "geglu", "silu"])
     def test_activations_and_biases(self, activation):

@@ -77,7 +77,7 @@ def test_saved_bytes_are_those_that_vjp_keeps(save, activation):
         assert moe_memory(shape).saved == kept_bytes - weights * own
 
 
-def check(shape: MoeShape, analysis, too_much: float = 0.1) -> None:
+def check(shape: MoeShape, analysis) -> None:
     predicted = moe_memory(shape)
     # XLA adds a pointer for each result.
     assert analysis.argument_size_in_bytes == predicted.arguments
@@ -87,7 +87,7 @@ def check(shape: MoeShape, analysis, too_much: float = 0.1) -> None:
         + analysis.output_size_in_bytes
         + analysis.temp_size_in_bytes
     )
-    assert -0.1 < predicted.peak / compiled - 1 < too_much, (predicted.peak, compiled)
+    assert abs(predicted.peak / compiled - 1) < 0.1, (predicted.peak, compiled)
 
 
 @pytest.mark.parametrize(
@@ -116,21 +116,21 @@ def of_workload(name: str, **changes) -> MoeShape:
 @pytest.mark.aot
 @pytest.mark.skipif(aot_available() is not None, reason=str(aot_available()))
 @pytest.mark.parametrize(
-    ("name", "changes", "too_much"),
+    ("name", "changes"),
     [
-        ("conf3", {}, 0.1),
-        # The compiler lets more buffers of a chunk share their memory than the prediction does.
-        ("conf3", {"save": "x", "chunk_tokens": 8192}, 0.3),
-        ("conf3", {"save": "gate_up_fp8"}, 0.18),
-        ("conf4", {"activation": "silu"}, 0.1),
-        ("sonic_7b", {"save": "x"}, 0.1),
+        ("conf3", {}),
+        ("conf3", {"save": "x", "chunk_tokens": 8192}),
+        ("conf3", {"save": "gate_up_fp8"}),
+        ("conf4", {"activation": "silu"}),
+        ("sonic_7b", {"save": "x"}),
     ],
     ids=str,
 )
-def test_peak_is_that_of_the_program_compiled_for_an_h200(name, changes, too_much):
+def test_peak_is_that_of_the_program_compiled_for_an_h200(name, changes):
     shape = of_workload(name, **changes)
-    report = compile_for_h200(gradient(shape), *arguments(shape))
-    check(shape, report.compiled.memory_analysis(), too_much)
+    report = compile_for_h200(gradient(shape), *arguments(shape), kernels=False)
+    assert not report.kernels
+    check(shape, report.compiled.memory_analysis())
 
 
 def test_most_tokens_is_the_last_that_fits():
