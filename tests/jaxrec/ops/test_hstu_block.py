@@ -122,6 +122,8 @@ def test_a_layer_more_costs_what_it_saves(save):
         assert saved <= grown < 1.02 * saved + 65_536
 
 
-def test_unknown_policies_are_refused():
+def test_unknown_policies_are_refused(monkeypatch):
+    # Outside of tests nothing checks the annotations: the message must.
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
     with pytest.raises(ValueError, match=r"HSTUConfig\.save is 'z'"):
         HSTUConfig(5, save="z")  # pyright: ignore
