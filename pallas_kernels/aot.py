@@ -274,10 +274,9 @@ def compile_for_h200(
         out_shardings=place(out_shardings),
     )
     with tempfile.TemporaryDirectory(prefix="h200_") as folder:
-        dump = _mosaic_dump(Path(folder)) if kernels else contextlib.nullcontext()
         # Passed to this compile alone: dump flags in XLA_FLAGS abort concurrent CPU compiles.
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"} if kernels else {}
-        with dump:
+        with _environment(_wishes(Path(folder) if kernels else None)):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 lowered = jitted.lower(*args)
             compiled = lowered.compile(compiler_options=options | dict(compiler_options or {}))
@@ -310,17 +309,24 @@ def _topology(num_devices: int) -> Any:
     )
 
 
-@contextlib.contextmanager
-def _mosaic_dump(folder: Path) -> Iterator[None]:
-    """Mosaic GPU writes its PTX to `folder` meanwhile; it takes the wish from the environment."""
+def _wishes(dump: Path | None) -> dict[str, str]:
+    """What compilers take from the environment: Mosaic GPU writes its PTX to `dump`, if given."""
     importlib.import_module("jax.experimental.mosaic.gpu")  # sets the CUDA root when imported
-    wish = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTX": "1"}
     # XLA's warnings carry stacks, whose names take longer to look up than a program to compile.
-    wish["LLVM_DISABLE_SYMBOLIZATION"] = "1"
+    wishes = {"LLVM_DISABLE_SYMBOLIZATION": "1"}
+    if dump is None:
+        return wishes
+    wishes |= {"MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTX": "1"}
     if disassembler := _tool("nvdisasm"):  # a dump disassembles too, and complains without one
-        wish["MOSAIC_GPU_CUDA_ROOT"] = str(Path(disassembler).parents[1])
-    before = {name: os.environ.get(name) for name in wish}
-    os.environ.update(wish)
+        wishes["MOSAIC_GPU_CUDA_ROOT"] = str(Path(disassembler).parents[1])
+    return wishes
+
+
+@contextlib.contextmanager
+def _environment(wishes: Mapping[str, str]) -> Iterator[None]:
+    """The process's environment with these variables meanwhile."""
+    before = {name: os.environ.get(name) for name in wishes}
+    os.environ.update(wishes)
     try:
         yield
     finally:
