@@ -86,7 +86,8 @@ def _dot(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
 
 
-def _in_chunks(x: jax.Array, num_chunks: int, size: int) -> jax.Array:
+def in_chunks(x: jax.Array, num_chunks: int, size: int) -> jax.Array:
+    """x cut along its first axis, zeros behind its end; [num_chunks, size, …]."""
     padding = [(0, num_chunks * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, padding).reshape(num_chunks, size, *x.shape[1:])
 
@@ -119,7 +120,7 @@ def _one_pass(
         return (loss, dtable), dh
 
     init = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
-    chunks = tuple(_in_chunks(x, num_chunks, chunk) for x in (hidden, weight))
+    chunks = tuple(in_chunks(x, num_chunks, chunk) for x in (hidden, weight))
     (loss, dtable), dhidden = lax.scan(one_chunk, init, chunks)
     target_rows = _target_rows(hidden, table, target_ids)
     loss -= (weight * _dot("md,md->m", hidden, target_rows)).sum()
@@ -150,7 +151,7 @@ class _Tiles(NamedTuple):
         return cls(row_chunks, rows, item_chunks, -(-num_items // item_chunks))
 
     def split_rows(self, x: jax.Array) -> jax.Array:
-        return _in_chunks(x, self.num_row_chunks, self.rows)
+        return in_chunks(x, self.num_row_chunks, self.rows)
 
     def items_at(
         self, number: jax.Array, table: jax.Array, dtype: jnp.dtype

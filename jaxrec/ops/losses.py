@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxrec.ops.full_softmax import NEVER as NEVER
 from jaxrec.ops.full_softmax import full_softmax_loss as full_softmax_loss
+from jaxrec.ops.full_softmax import in_chunks
 from jaxrec.typing import PADDING_ID
 
 MAX_GATHERED = 1 << 22  # elements of negatives' rows held at once
@@ -75,11 +76,7 @@ def _gather_chunks(hidden, ids):
     num_chunks = max(1, -(-num_rows * width * slots // MAX_GATHERED))
     size = -(-num_rows // num_chunks)
 
-    def split(x):
-        padding = [(0, num_chunks * size - num_rows)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, padding).reshape(num_chunks, size, *x.shape[1:])
-
-    return split
+    return lambda x: in_chunks(x, num_chunks, size)
 
 
 def _gathered_forward(hidden, table, ids):
