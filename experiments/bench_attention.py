@@ -233,30 +233,13 @@ def measure(case: Case, pass_name: str, repeats: int) -> tuple[dict[str, Measure
             continue
         if variant.answers is not None:
             answer = [variant.packed(x) for x in answer]
-            checks[name] = _largest_error(answer, wanted.setdefault(variant.answers, answer))
+            checks[name] = record.largest_error(answer, wanted.setdefault(variant.answers, answer))
             if not checks[name] < TOLERANCE:
                 raise SystemExit(f"{case.name} {pass_name} {name}: wrong by {checks[name]}")
         calls[name] = functools.partial(compiled, *variant.inputs)
-        peaks[name] = _peak(compiled.memory_analysis())
+        peaks[name] = record.peak_bytes(compiled.memory_analysis())
     timings = time_interleaved(calls, repeats=repeats)
     return {name: Measured(timing, peaks[name]) for name, timing in timings.items()}, checks
-
-
-def _largest_error(answer: Any, wanted: Any) -> float:
-    """Over all results: the largest difference as a share of the largest value."""
-    errors = []
-    for a, b in zip(answer, wanted, strict=True):
-        a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-        errors.append(float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(b).max(), 1e-20)))
-    return max(errors) if all(map(np.isfinite, errors)) else float("nan")
-
-
-def _peak(analysis: Any) -> int:
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
 
 
 def main() -> None:

@@ -242,32 +242,15 @@ def measure(case: Case, pass_name: str, repeats: int) -> tuple[dict[str, Measure
             continue
         wanted = answer if wanted is None else wanted
         if name != "dense":
-            checks[name] = _largest_error(answer, wanted)
+            checks[name] = record.largest_error(answer, wanted)
             limit = 4 * TOLERANCE if "fp8" in name else TOLERANCE
             if not checks[name] < limit:
                 raise SystemExit(f"{case.name} {pass_name} {name}: wrong by {checks[name]}")
         calls[name] = functools.partial(compiled, *arrays)
-        peaks[name] = _peak(compiled.memory_analysis())
+        peaks[name] = record.peak_bytes(compiled.memory_analysis())
     timings = time_interleaved(calls, repeats=repeats)
     saved = {name: saved_bytes(runs[name], arrays) for name in calls}
     return {n: Measured(t, saved[n], peaks[n]) for n, t in timings.items()}, checks
-
-
-def _largest_error(answer: Any, wanted: Any) -> float:
-    """Over all results: the largest difference as a share of the largest value."""
-    errors = []
-    for a, b in zip(jax.tree.leaves(answer), jax.tree.leaves(wanted), strict=True):
-        a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-        errors.append(float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(b).max(), 1e-20)))
-    return max(errors) if all(map(np.isfinite, errors)) else float("nan")
-
-
-def _peak(analysis: Any) -> int:
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
 
 
 def main() -> None:

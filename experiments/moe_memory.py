@@ -199,12 +199,7 @@ def _compiler(minutes: float | int) -> Callable[[MoeShape], int | None]:
                 return None
             print(f"compiling {shape}", flush=True)
             report = compile_for_h200(*training_program(shape), kernels=False)
-            analysis = report.compiled.memory_analysis()
-            known[str(shape)] = (
-                analysis.argument_size_in_bytes
-                + analysis.output_size_in_bytes
-                + analysis.temp_size_in_bytes
-            )
+            known[str(shape)] = record.peak_bytes(report.compiled.memory_analysis())
             if store:
                 store.parent.mkdir(parents=True, exist_ok=True)
                 with store.open("a") as file:

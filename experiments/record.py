@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels._timing import Timing
 
@@ -178,3 +180,21 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Reads what `write_json` wrote."""
     return json.loads(path.read_text())
+
+
+def largest_error(answer: Any, wanted: Any) -> float:
+    """Over all results: the largest difference as a share of the largest value."""
+    errors = []
+    for a, b in zip(jax.tree.leaves(answer), jax.tree.leaves(wanted), strict=True):
+        a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+        errors.append(float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(b).max(), 1e-20)))
+    return max(errors) if all(map(np.isfinite, errors)) else float("nan")
+
+
+def peak_bytes(analysis: Any) -> int:
+    """Arguments, results and temporaries of a program, from its `memory_analysis`."""
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
