@@ -111,6 +111,7 @@ def run_loop(
     put_batch: Callable[[JaggedBatch], JaggedBatch] = lambda batch: batch,
     progress: Progress | None = None,
     flops: TrainingFlops | None = None,
+    settled: Callable[[Any], Any] = lambda state: state,
 ) -> LoopResult:
     """Trains until `num_steps`, early stop or a signal; called again, it goes on from there.
 
@@ -130,6 +131,8 @@ def run_loop(
       progress: None shows a bar on a terminal and prints lines elsewhere; `Progress()` is quiet.
         It is told of every shape of batches that the step was compiled for.
       flops: of the model, so that the progress line shows what of the device's peak is used.
+      settled: completes what a step left under way; done before a state is evaluated, saved or
+        returned. The step goes on from what it returns.
 
     Raises:
       NonFiniteError: NaN or infinity; the last good weights are saved first.
@@ -139,7 +142,7 @@ def run_loop(
     """
     full_config = {**model_config, "loop": asdict(config)}
     with CheckpointStore(folder, keep=config.keep, best_metric=config.monitor) as store:
-        run = _Run(store, config, full_config, batches, param_names, flops)
+        run = _Run(store, config, full_config, batches, param_names, flops, settled)
         state = run.resume(state, allowed=resume)
         run.log = RunLog(store.folder, run.step)
         run.progress = make_progress(run.step, config.num_steps) if progress is None else progress
@@ -171,8 +174,10 @@ class _Run:
         batches: Any,
         param_names: Sequence[str],
         flops: TrainingFlops | None,
+        settled: Callable[[Any], Any],
     ):
         self.store, self.config, self.full_config = store, config, full_config
+        self.settled = settled
         self.batches, self.param_names, self.flops = batches, param_names, flops
         self.step, self.saved_step = 0, -1
         self.history: list[Evaluation] = []
@@ -233,6 +238,8 @@ class _Run:
                 self.check(state)
             if logging:
                 self.write_window()
+            if saving:
+                state = self.settled(state)
             if evaluating and evaluate is not None:
                 self.record(evaluate(state))
                 why = "patience" if self.out_of_patience else ""
@@ -242,13 +249,13 @@ class _Run:
         self.check(state)
         if why in ("done", "out of batches"):
             self.write_window()
-        return state, why
+        return self.settled(state), why
 
     def run_step(
         self, step_fn: TrainStep, state: TrainState, batch: JaggedBatch
     ) -> tuple[TrainState, StepMetrics]:
         """One step; where its batch has a new shape, tells how long compiling took."""
-        shape = tuple(part.shape for part in batch)
+        shape = tuple(part.shape for part in jax.tree.leaves(batch))
         if shape in self.shapes:
             return step_fn(state, batch)
         self.shapes.add(shape)
@@ -257,7 +264,7 @@ class _Run:
         state, metrics = step_fn(state, batch)
         self.progress.note(
             f"step {self.step + 1}: program {len(self.shapes)}, for batches of "
-            f"{len(batch.item_ids):,} token slots, ready after {_now() - started:.1f} s"
+            f"{batch.item_ids.size:,} token slots, ready after {_now() - started:.1f} s"
         )
         self.restart_clock()
         return state, metrics
@@ -273,7 +280,7 @@ class _Run:
         self.in_flight = []
         for step, metrics in zip(steps, fetched, strict=True):
             if metrics.nonfinite >= 0:
-                self.save(state)
+                self.save(self.settled(state))
                 raise NonFiniteError(self._nonfinite_message(step, metrics))
             for name in self.counts:
                 self.counts[name] += float(getattr(metrics, f"num_{name}"))
