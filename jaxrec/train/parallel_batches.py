@@ -199,6 +199,7 @@ class ParallelBatches:
         self._by_rank = NamedSharding(mesh, PartitionSpec(axis))
         self._num_ranks, self._with_following = mesh.size, with_following
         self._balanced = balance is not None
+        self._holds_back = balance is not None and _holds_back(balance)
         self._begin(0, {"stream": batches.start, "held": []})
 
     def __iter__(self) -> "ParallelBatches":
@@ -223,12 +224,11 @@ class ParallelBatches:
         held = state["held"]
         place: dict[str, Any] = {"sources": [state["stream"]] * self._num_local}
         if self._balanced:
-            own = [held[rank :: self._num_local] for rank in range(self._num_local)]
-            place |= {"held": own, "cut_tokens": 0, "shape": None}
-        elif held:
+            place |= {"held": _dealt(held, self._num_local), "cut_tokens": 0, "shape": None}
+        elif any(held):
             raise ValueError(
-                f"the run holds {len(held)} outliers back, which batches without balance would "
-                "lose: resume it with the balance it had"
+                f"the run holds {sum(map(len, held))} outliers back, which batches without "
+                "balance would lose: resume it with the balance it had"
             )
         self._stage.set_state(place)
         self._begin(state["step"], state)
@@ -248,13 +248,21 @@ class ParallelBatches:
         prepared = self._prepare(self._step, batch)
         self._step += 1
         state = self._stage.get_state()
-        held = [sample for rank in state.get("held", []) for sample in rank]
+        held = state.get("held", []) if self._holds_back else []
         place = {"stream": state["sources"][0], "held": held, "step": self._step}
         return prepared, place
 
     def _placed(self, rows: np.ndarray) -> jax.Array:
         shape = (self._num_ranks, *rows.shape[1:])
         return jax.make_array_from_process_local_data(self._by_rank, rows, shape)
+
+
+def _dealt(held: list[list[Any]], num_ranks: int) -> list[list[Any]]:
+    """Samples that ranks hold back, dealt to another number of ranks."""
+    if len(held) == num_ranks:
+        return held
+    everything = [sample for rank in held for sample in rank]
+    return [everything[rank::num_ranks] for rank in range(num_ranks)]
 
 
 def _holds_back(config: BalanceConfig) -> bool:

@@ -187,6 +187,12 @@ class ParallelStep:
             nonfinite=metrics.gradients.nonfinite,
         )
 
+    @property
+    def retries(self) -> int:
+        """Steps repeated with a larger exchange."""
+        steps = self._plain if self._pipeline is None else self._pipeline
+        return 0 if steps is None else steps.retries
+
     def settled(self, state: ParallelState) -> ShardedState:
         """The state with nothing under way; the one given is donated, and steps go on from this."""
         if isinstance(state, ShardedState):

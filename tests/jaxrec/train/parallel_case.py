@@ -22,11 +22,13 @@ from jaxrec.train import (
     OptimizerConfig,
     ParallelConfig,
     ParallelRun,
+    Progress,
     TrainConfig,
     init_state,
     make_optimizer,
     make_schedule,
     make_step,
+    train,
 )
 from jaxrec.train.parallel_batches import GlobalBatches
 
@@ -68,11 +70,13 @@ def split() -> Split:
 
 
 def make_model(kind: str = "hstu", **options: Any) -> Any:
-    sizes = {"num_items": split().train.num_items, "max_len": MAX_LEN, "width": 8}
+    sizes: dict[str, Any] = {"num_items": split().train.num_items, "max_len": MAX_LEN, "width": 8}
     sizes |= {"num_blocks": 1, "dropout": 0.0}
     if kind == "hstu":
-        return HSTU(HSTUConfig(**sizes), rngs=nnx.Rngs(0), **options)
-    return SASRec(SASRecConfig(**sizes), rngs=nnx.Rngs(0), **options)
+        return HSTU(HSTUConfig(**sizes | options), rngs=nnx.Rngs(0))
+    config = SASRecConfig(**sizes | options, num_attributes=9, attribute_slots=2)
+    ids = np.random.default_rng(0).integers(0, 10, (config.num_items + 1, 2))
+    return SASRec(config, rngs=nnx.Rngs(0), attribute_ids=ids)
 
 
 def source_batches(config: TrainConfig = CONFIG):
@@ -115,3 +119,28 @@ def one_device_steps(model, count: int, config: TrainConfig = CONFIG, *, sampler
         state, metrics = step(state, batches.make(parts))
         losses.append(metrics.loss)
     return np.array(jax.device_get(losses)), state
+
+
+def run_train(folder, model, *, devices=8, **options):
+    """`train` for two epochs."""
+    mesh = options.pop("mesh", None) or make_mesh({"data": devices})
+    config = dataclasses.replace(CONFIG, eval_users=64)
+    return train(
+        model, split(), config=config, folder=folder, progress=Progress(), parallel=PARALLEL,
+        mesh=mesh, **options,
+    )  # fmt: skip
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stops_at(step):
+    """An evaluation that ends the run, as a crash would: its step is not saved."""
+
+    def evaluate(state):
+        if int(state.step) >= step:
+            raise StoppedError
+        return {"ndcg@10": 0.0}
+
+    return evaluate
