@@ -117,7 +117,8 @@ class RunLog:
     def __init__(self, folder: Path, first_step: int):
         self._unwritten = b""
         if jax.process_index() > 0:
-            self._file, self._board = Path(os.devnull).open("ab", buffering=0), None
+            nowhere = Path(os.devnull)
+            self._file, self._board = nowhere.open("ab", buffering=0), None
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOG_FILE
