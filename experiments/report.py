@@ -417,7 +417,31 @@ def moe_memory_section_markdown() -> str:
     ) + picture_markdown(result, "peak against tokens", "../../")
 
 
+def balance_speedup_section_markdown() -> str:
+    """Steps of several processes, as read and balanced, beside the prediction; newest result."""
+    from experiments import record
+
+    results = record.read_all("balance_speedup")
+    if not results:
+        return "Nothing recorded yet."
+    result, config, checks = results[-1], results[-1]["config"], results[-1]["checks"]
+    shown = ("samples", "measured, ms", "predicted, ms", "prediction off by", "slowest / mean rank")
+    rows = [{name: m[name] for name in shown} for m in result["measurements"]]
+    return (
+        f"{table_markdown(rows)}\n\n"
+        f"`{result['command']}` on {result['env']['device_kind']} (jax {result['env']['jax']}): "
+        f"{config['processes']} processes, each {config['samples']} samples a step of "
+        f"{min(config['lengths'])} to {max(config['lengths'])} tokens through an HSTU of width "
+        f"{config['width']}, the mean of {config['steps']} steps; balance makes them "
+        f"{checks['speed_up']:.2f} times as fast, {checks['predicted_speed_up']:.2f} times by the "
+        "cost model. The processes share a processor, so they computed in turns and what counts is "
+        f"processor time, the least of {config['repeats']} repetitions; a step is its slowest "
+        "rank, exchanges not included."
+    )
+
+
 SECTIONS = {
+    "balance_speedup": balance_speedup_section_markdown,
     "bench_retrieval": retrieval_section_markdown,
     "train_sequence": accuracy_section_markdown,
     "overarch": overarch_section_markdown,
