@@ -4,8 +4,8 @@
 
 Each process is a rank with one device. Its samples, read or exchanged by `BalancedBatches` over
 the mesh, go through an HSTU one by one, without padding: the loss and its gradient. The cost of a
-sample by its length is calibrated on other batches: first, for the balancer, and once more in every
-turn, for the prediction, so that this meets the same load of the machine as the measurement.
+sample by its length is calibrated on other batches: by one process for the balancer, then by all in
+their turns for the prediction, which is measured as the steps are.
 
 A step takes as long as its slowest rank. The ranks of this experiment may have to share a core, so
 that the clock would show the sum of their work: they compute in turns, the others asleep, and what
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Settings:
     processes: int = 4
     samples: int = 16
     steps: int = 6
-    repeats: int = 6
+    repeats: int = 8
     lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
     skew: float = 0.9
     width: int = 64
@@ -121,9 +121,9 @@ def run(settings: Settings, *, scratch: bool = False, folder: Path = record.RESU
 
 def pooled_cost(settings: Settings, ranks: list[dict]) -> balance.CostModel:
     """Fitted to what all ranks took for calibration batches in their turns."""
-    pairs = [pair for rank in ranks for pair in rank["calibration"]]
-    lengths = [some_samples(settings.calibration[number]).lengths for number, _ in pairs]
-    return balance.fit(lengths, np.array([seconds for _, seconds in pairs])).model
+    lengths = [some_samples(groups).lengths for groups in settings.calibration]
+    seconds = np.concatenate([rank["calibration"]["seconds"] for rank in ranks])
+    return balance.fit(lengths * len(ranks), seconds).model
 
 
 def compare(
@@ -199,32 +199,29 @@ def be_process(number: int, port: int, folder: Path) -> None:
 
     turns = Turns(folder, number, settings.processes)
     turns.take(lambda: compute(some_samples([(1, length) for length in settings.lengths])))
+    known = [some_samples(groups) for groups in settings.calibration]
     if number == 0:
-        calibrate(settings, compute).model.save(folder / "costs.json")
+        seconds, _ = fastest(settings, compute, known)
+        balance.fit([own.lengths for own in known], seconds).model.save(folder / "costs.json")
     turns.take(lambda: None)
     config = BalanceConfig(
         cost=balance.CostModel.load(folder / "costs.json"),
         max_sequences=settings.samples * settings.processes,
     )
-    stages = {
-        "as read": source(settings, number),
-        "balanced": BalancedBatches([source(settings, number)], transport, config),
+    balanced = BalancedBatches([source(settings, number)], transport, config)
+    work = {
+        "calibration": known,
+        "as read": [unpack(batch) for batch in source(settings, number)],
+        "balanced": [unpack(jax.tree.map(lambda x: x[0], batch)) for batch in balanced],
     }
-    found: dict[str, Any] = {"calibration": []}
-    found |= {kind: {"lengths": [], "seconds": [], "losses": []} for kind in stages}
-    for step in range(settings.steps):
-        chosen = (step * settings.processes + number) % len(settings.calibration)
-        known = some_samples(settings.calibration[chosen])
-        seconds, _ = turns.take(lambda s=known: timed(settings, compute, s))
-        found["calibration"].append((chosen, seconds))
-        for kind, stage in stages.items():
-            batch = next(stage)
-            own = batch if kind == "as read" else jax.tree.map(lambda x: x[0], batch)
-            samples = unpack(own)
-            seconds, loss = turns.take(lambda s=samples: timed(settings, compute, s))
-            found[kind]["lengths"].append(samples.lengths.tolist())
-            found[kind]["seconds"].append(seconds)
-            found[kind]["losses"].append(loss)
+    found = {}
+    for kind, batches in work.items():
+        seconds, losses = fastest(settings, compute, batches, turns)
+        found[kind] = {
+            "lengths": [own.lengths.tolist() for own in batches],
+            "seconds": seconds.tolist(),
+            "losses": losses,
+        }
     record.write_json(folder / f"{number}.json", found)
     jax.distributed.shutdown()
 
@@ -266,7 +263,7 @@ def source(settings: Settings, rank: int) -> Any:
     batches = training_batches(
         SequenceDataset.from_sequences(sequences, num_items=NUM_ITEMS), mode="sequences",
         max_len=max(settings.lengths), token_budget=settings.samples * max(settings.lengths),
-        max_sequences=settings.samples, seed=0, shuffle=False,
+        max_sequences=settings.samples, seed=0, shuffle=False, num_epochs=1,
     )  # fmt: skip
     return iter(batches)
 
@@ -309,23 +306,27 @@ def _gradient(config: HSTUConfig, negatives: jax.Array) -> tuple[Any, Any]:
     return jax.jit(jax.value_and_grad(loss)), params
 
 
-def calibrate(settings: Settings, compute: Callable[[Samples], float]) -> balance.CostFit:
-    """The cost of samples by their length, from batches of their own."""
-    batches = [some_samples(batch) for batch in settings.calibration]
-    seconds = [timed(settings, compute, samples)[0] for samples in batches]
-    return balance.fit([samples.lengths for samples in batches], np.array(seconds))
+def fastest(
+    settings: Settings,
+    compute: Callable[[Samples], float],
+    batches: Sequence[Samples],
+    turns: Turns | None = None,
+) -> tuple[np.ndarray, list[float]]:
+    """The least processor seconds of each batch's compute, and its loss.
 
+    Repetitions go through all batches, so that those of one batch lie far apart.
+    """
 
-def timed(
-    settings: Settings, compute: Callable[[Samples], float], samples: Samples
-) -> tuple[float, float]:
-    """Processor seconds of some samples' compute, and their loss."""
-    loss, fastest = 0.0, np.inf
-    for _ in range(settings.repeats):
-        began = time.process_time()
-        loss = compute(samples)
-        fastest = min(fastest, time.process_time() - began)
-    return fastest, loss
+    def once() -> list[tuple[float, float]]:
+        found = []
+        for samples in batches:
+            began = time.process_time()
+            loss = compute(samples)
+            found.append((time.process_time() - began, loss))
+        return found
+
+    rounds = np.array([turns.take(once) if turns else once() for _ in range(settings.repeats)])
+    return rounds[..., 0].min(axis=0), rounds[0, :, 1].tolist()
 
 
 def some_samples(groups: Any) -> Samples:
