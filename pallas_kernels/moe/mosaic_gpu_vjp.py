@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from pallas_kernels.moe import grouped_gemm
-from pallas_kernels.moe.activation import Activation, nonlinear
+from pallas_kernels.moe.activation import Activation, scaled_nonlinear
 from pallas_kernels.moe.chunks import Chunks, join_chunks, map_chunks
 from pallas_kernels.moe.config import MoeConfig
 from pallas_kernels.moe.dispatch import Dispatch, moe_dispatch
@@ -43,7 +43,7 @@ from pallas_kernels.moe.parts import num_parts, num_products, split, step_of
 from pallas_kernels.moe.products import contract, scalars, weight_gradient, wide_columns
 from pallas_kernels.moe.ref import Experts, Kept
 
-_PIECE = 16  # columns whose derivatives are computed at once
+_PIECE = 8  # columns whose derivatives are computed at once
 _ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row of an accumulator
 
 
@@ -93,9 +93,9 @@ def _project_gradient_kernel(
         rows, weights = operands
         plgpu.wgmma(accumulators[0], rows.at[pl.ds(begin, HALF_ROWS)], weights.T)
 
-    def fetch(tile, column, first):
+    def fetch(first_row, column, first):
         """Asks for a block of gate and up; rows behind the expert's last are another's."""
-        rows = pl.ds(start[tile] + begin, HALF_ROWS)
+        rows = pl.ds(first_row, HALF_ROWS)
         across = pl.ds(column * columns + first, gemm.chunk)
         for n, store in enumerate(kept):
             target = inbox.at[warpgroup, n]
@@ -103,22 +103,20 @@ def _project_gradient_kernel(
 
     def fetched(own):
         plgpu.barrier_wait(arrived.at[warpgroup])
-        shape = (HALF_ROWS, gemm.chunk)
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
         refs = [inbox.at[warpgroup, n] for n in range(count)]
         blocks = [plgpu.load(ref, layout=plgpu.Layout.WGMMA) for ref in refs]
         plgpu.commit_smem()  # orders these reads before the copy engine's next writes
-        return [jnp.where(row < own, block, 0) for block in blocks]
+        return [_first_rows(block, own) for block in blocks]
 
     def epilogue(work, values):
         tile, column = place(work)
         outbox = Outbox(staging)
-        row = tile * TILE_ROWS + begin
+        row, first_row, own = tile * TILE_ROWS + begin, start[tile] + begin, size[tile] - begin
         total = 0
         for first in range(0, columns, gemm.chunk):
-            blocks = fetched(size[tile] - begin)  # read again, as registers are scarce here
+            blocks = fetched(own)
             if first + gemm.chunk < columns:
-                fetch(tile, column, first + gemm.chunk)
+                fetch(first_row, column, first + gemm.chunk)
             weight = plgpu.load(gates.at[pl.ds(row, HALF_ROWS)], layout=_ROWS, optimized=False)
             d_activated = values[0][:, first : first + gemm.chunk]
             results, sums = _differentiate(activation, blocks, d_activated, weight)
@@ -132,6 +130,10 @@ def _project_gradient_kernel(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(sums, d_gates.at[column, pl.ds(row, HALF_ROWS)])
 
+    def prologue(work):
+        tile, column = place(work)
+        fetch(start[tile] + begin, column, 0)
+
     grouped_gemm.run(
         gemm,
         ring,
@@ -140,8 +142,16 @@ def _project_gradient_kernel(
         load,
         multiply,
         epilogue,
-        prologue=lambda work: fetch(*place(work), 0),
+        prologue=prologue,
     )
+
+
+def _first_rows(block, count):
+    """The first `count` rows of a block, then zeros; by bits, for two bf16 values at a time."""
+    bits = jnp.int16 if block.dtype == jnp.bfloat16 else jnp.int32
+    row = plgpu.broadcasted_iota(jnp.int32, block.shape, 0, layout=plgpu.Layout.WGMMA)
+    own = ((row - count) >> 31).astype(bits)  # all ones if row < count
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(block, bits) & own, block.dtype)
 
 
 def _differentiate(activation, blocks, d_activated, weight):
@@ -149,15 +159,22 @@ def _differentiate(activation, blocks, d_activated, weight):
 
     A few columns at a time, rounded at once: whole blocks in f32 would not fit the registers.
     """
-    dtype = blocks[0].dtype
-    weight = lax.broadcast_in_dim(weight, d_activated.shape, (0,))
-    *gate, up = (block.astype(jnp.float32) for block in blocks)
-    value, slope = nonlinear(activation, gate[0]) if gate else nonlinear("swiglu", up)
-    activated = (value * up if gate else value).astype(dtype).astype(jnp.float32)
-    total = jnp.sum(d_activated * activated, axis=1)
-    d = weight * d_activated
-    d_inputs = [d * up * slope, d * value] if gate else [d * slope]
-    return [out.astype(dtype) for out in (*d_inputs, weight * activated)], total
+    weight = lax.broadcast_in_dim(weight, (HALF_ROWS, _PIECE), (0,))
+    pieces, total = [], 0
+    for first in range(0, d_activated.shape[1], _PIECE):
+        own = slice(first, first + _PIECE)
+        *gate, up = (block[:, own].astype(jnp.float32) for block in blocks)
+        value, weighted, slope = scaled_nonlinear(activation, gate[0] if gate else up, weight)
+        d_value = d_activated[:, own]
+        if gate:
+            d_up, d_value = d_value * weighted, d_value * up
+            results = [d_value * slope, d_up, up * weighted]
+        else:
+            results = [d_value * slope, weighted]
+        pieces.append([out.astype(blocks[0].dtype) for out in results])
+        total += d_value * value
+    results = [jnp.concatenate(out, axis=1) for out in zip(*pieces, strict=True)]
+    return results, jnp.sum(total, axis=1)
 
 
 def project_gradient(

@@ -125,8 +125,9 @@ def test_gradient(name):
         own = gemm.name.removesuffix("_mosaic_gpu_kernel")
         tile = tile_of(gemm, steps[own])
         assert tile.beside <= 0.3 * tile.products, f"{own}: products would wait for instructions"
-        # Differentiating the activation is more work: at the least for rows of 2048.
-        least = max(tile.products, 1024 * 2048 // 64 * (own == "moe_project_gradient"))
+        # Differentiating the activation is more work than that beside rows shorter than 1536; the
+        # README says what of it is arithmetic.
+        least = max(tile.products, 1024 * 1536 // 64 * (own == "moe_project_gradient"))
         assert tile.after <= 0.3 * least, f"{own}: the epilogue is too long"
 
 

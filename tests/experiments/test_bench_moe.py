@@ -1,7 +1,11 @@
 import json
+import sys
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from jax import lax
 
 from experiments import bench_moe
 from pallas_kernels import moe_saved_bytes
@@ -26,6 +30,23 @@ def test_variants_agree_and_ours_saves_what_is_promised(name):
         assert found[f"ours, {save}"].saved == wanted
     assert min(found[name].saved for name in peers) > found["ours, gate_up"].saved
     assert all(m.peak > m.saved and m.timing.p50_us > 0 for m in found.values())
+
+
+def test_tokamax_is_timed_where_it_is_installed(monkeypatch):
+    case = bench_moe.small(bench_moe.cases()["conf1"])
+    arrays = case.arrays()
+    assert "tokamax" not in bench_moe.variants(case, arrays[1])
+    calls = []
+
+    def ragged_dot(rows, weights, sizes):
+        calls.append((rows.shape, weights.shape, sizes.shape))
+        return lax.ragged_dot(rows, weights, sizes)
+
+    monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(ragged_dot=ragged_dot))
+    run = bench_moe.variants(case, arrays[1])["tokamax"]
+    assert jax.eval_shape(run, *arrays).shape == arrays[0].shape
+    rows = (case.workload.num_pairs, 128)
+    assert calls == [(rows, (4, 128, 128), (4,))] * 3
 
 
 def test_a_wrong_answer_ends_the_run(monkeypatch):

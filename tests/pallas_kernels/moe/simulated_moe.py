@@ -51,3 +51,9 @@ def _changed(module, **names):
     vars(module).update(names)
     yield
     vars(module).update(before)
+
+
+def several_layers(x, ids, gates, layers, dy, **how):
+    """`value_and_gradients` of layers of one kind, their experts stacked, by `jax.vmap`."""
+    run = functools.partial(value_and_gradients, **how)
+    return jax.vmap(lambda experts: run(x, ids, gates, experts, dy))(layers)

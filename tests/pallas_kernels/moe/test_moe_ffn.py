@@ -74,8 +74,7 @@ def test_equals_the_loop_over_experts(tokens, width, slots, bias):
 @pytest.mark.parametrize("width", [100, 128, 256, 512, 600])
 @pytest.mark.parametrize("slots", [2, 3, 4])
 def test_equals_the_loop_on_the_published_grid(tokens, width, slots, bias):
-    # Narrow experts with biases have gradients of several hundred.
-    check(cases.inputs(1, tokens, width, width // slots, 8, slots, bias=bias), relative=True)
+    check(cases.published(1, tokens, width, slots, bias=bias))  # 1e-4, whatever the values
 
 
 @pytest.mark.parametrize("activation", ["geglu", "silu"])
