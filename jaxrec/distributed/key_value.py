@@ -25,6 +25,10 @@ class KeyValue:
         """Sets or replaces a value."""
         self._client.key_value_set(self._prefix + key, value, allow_overwrite=True)
 
+    def delete(self, key: str) -> None:
+        """Removes a value."""
+        self._client.key_value_delete(self._prefix + key)
+
     def all(self) -> dict[str, str]:
         """All values by their keys."""
         entries = self._client.key_value_dir_get(self._prefix)

@@ -2,27 +2,30 @@
 
 Orbax writes them. Added here: checksums, so that a damaged checkpoint is noticed and the one
 before it used; the comparison of configurations; recovery from a failed save; and a lock, so that
-two runs never share a folder.
+two runs never share a folder. Of several processes each writes its pieces of the arrays (see
+`checkpoint_parts`), and Orbax, in process 0, the rest.
 """
 
-import json
 import math
 import shutil
 import warnings
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, cast
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxrec.functional import leaf_names
-from jaxrec.orbax_log import hush_orbax, unhush_orbax
+from jaxrec.distributed.agreement import Agreement, AgreementError
+from jaxrec.orbax_log import OrbaxLogFilter, hush_orbax, unhush_orbax
+from jaxrec.train.checkpoint_meta import other_arrays, sealed, unsealed
+from jaxrec.train.checkpoint_parts import PARTS_FOLDER, SharedSave, read_parts, remove_parts
 from jaxrec.train.config_diff import check_same_config
 from jaxrec.train.fingerprint import fingerprints
-from jaxrec.train.folder_lock import FolderInUse, lock_folder
+from jaxrec.train.folder_lock import LOCK_FILE, FolderInUse, lock_folder
 from jaxrec.typing import PyTree
 
 STEPS_FOLDER = "checkpoints"
@@ -51,12 +54,16 @@ class Restored(NamedTuple):
 class CheckpointStore:
     """The checkpoints of one run, in `folder/checkpoints/<step>`; holds the folder's lock.
 
+    Of several processes all make the store and call `save`, `wait`, `restore` and `close` in the
+    same order, on one folder that all see. What fails in one of them fails in all. A checkpoint is
+    read again by any number of processes and devices.
+
     Args:
       folder: of the run; made if absent.
       keep: newest checkpoints kept, at least 1.
       best_metric: the checkpoint with the largest is kept too (the earliest of equals); None
         keeps only the newest.
-      read_only: takes no lock and writes nothing.
+      read_only: takes no lock and writes nothing; each process for itself.
 
     Raises:
       CheckpointError: another live process uses the folder, or (read_only) it does not exist.
@@ -76,11 +83,14 @@ class CheckpointStore:
         self.best_metric = best_metric
         self._keep, self._read_only = keep, read_only
         self._scores: dict[int, float] = {}
-        self._lock = self._take_lock()
+        self._saving: SharedSave | None = None
+        self._together = Agreement(alone=read_only)
+        self._lock: TextIO | None = None
+        self._hush: OrbaxLogFilter | None = None
+        self._take_lock()
         self._hush = hush_orbax()
         try:
-            self._manager = self._open_manager()
-            self._scores = self._read_scores()
+            self._open()
         except BaseException:
             self._let_go()
             raise
@@ -99,7 +109,7 @@ class CheckpointStore:
     @property
     def steps(self) -> list[int]:
         """Steps with a checkpoint, one being written included, oldest first."""
-        return sorted(self._manager.all_steps())
+        return sorted(self._manager.all_steps() if self._together.alone else self._steps)
 
     @property
     def best_step(self) -> int | None:
@@ -133,26 +143,37 @@ class CheckpointStore:
             warnings.warn(f"the save before this one failed: {error}", CheckpointWarning, 2)
         if step in self.steps:
             raise CheckpointError(f"{self.folder} already holds a checkpoint of step {step}")
-        meta = _sealed(
-            iterator=iterator_state,
-            config=config,
-            metrics=metrics or {},
-            progress=progress or {},
-            arrays=fingerprints(state),
-        )
+        meta = {
+            "iterator": iterator_state,
+            "config": config,
+            "metrics": metrics or {},
+            "progress": progress or {},
+            "arrays": fingerprints(state),
+        }
+        self._note_score(step, meta["metrics"])
+        if not self._together.alone:
+            meta = sealed(**meta, parts=self._together.count)
+            parts = self.folder / PARTS_FOLDER / str(step)
+            commit = partial(self._commit, step, meta)
+            self._saving = SharedSave(self._together, parts, state, commit)
+            return
         if jax.default_backend() == "cpu":  # there a "host copy" would be the donated buffer
             state = jax.tree.map(jnp.copy, state)
-        self._note_score(step, meta["metrics"])
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(sealed(**meta))}
         try:
-            self._manager.save(step, args=args, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
             raise self._recover(error) from error
 
     def wait(self) -> None:
         """Blocks until the save under way is complete; raises `CheckpointError` if it failed."""
+        saving, self._saving = self._saving, None
         try:
             self._manager.wait_until_finished()
+            if saving is not None:
+                self._steps = saving.wait()
+                if not self._together.is_first:
+                    self._manager.reload()
         except Exception as error:
             raise self._recover(error) from error
 
@@ -203,46 +224,92 @@ class CheckpointStore:
             self._manager.close()
             self._let_go()
 
-    def _take_lock(self) -> TextIO | None:
+    def _take_lock(self) -> None:
+        """Process 0 holds the folder for all; that all see the same one is told by the lock."""
         if self._read_only:
             if not self.folder.is_dir():
                 raise CheckpointError(f"there is no folder {self.folder}")
-            return None
-        if jax.process_index() != 0:  # the first process of a run holds it for all
-            return None
+            return
+        with _told():
+            token = self._together.from_first("locked", self._lock_here)
+            seen = (
+                (self.folder / LOCK_FILE).read_text() if (self.folder / LOCK_FILE).exists() else ""
+            )
+            other = "" if seen == token else f"{self.folder} is not the folder of process 0"
+            if failure := self._together.first_failure("looked", other):
+                self._let_go()
+                raise CheckpointError(f"{failure}; all processes need one that all of them see")
+
+    def _lock_here(self) -> str:
         try:
-            return lock_folder(self.folder)
+            self._lock = lock_folder(self.folder)
         except FolderInUse as error:
             raise CheckpointError(
                 f"{self.folder} is in use by {error}; two runs in one folder would overwrite each "
                 "other. Wait for it, stop it, or give this run another folder."
             ) from error
+        return (self.folder / LOCK_FILE).read_text()
 
     def _let_go(self) -> None:
-        unhush_orbax(self._hush)
+        if self._hush is not None:
+            unhush_orbax(self._hush)
+            self._hush = None
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
+    def _open(self) -> None:
+        """Opens what is there, process 0 first, which clears away what is half written."""
+
+        def first() -> dict[str, Any]:
+            self._manager = self._open_manager()
+            if not self._read_only:
+                remove_parts(self.folder, self._manager.all_steps())
+            scores = self._read_scores()
+            return {"steps": list(self._manager.all_steps()), "scores": list(scores.items())}
+
+        with _told():
+            found = self._together.from_first("opened", first)
+        self._steps, self._scores = found["steps"], dict(found["scores"])
+        if not self._together.is_first:
+            self._manager = self._open_manager()
+
     def _open_manager(self) -> ocp.CheckpointManager:
-        writing = not self._read_only
+        """Orbax's; of several processes each has its own, and only the first one's writes."""
+        folder = self.folder / STEPS_FOLDER
+        writing = not self._read_only and self._together.is_first
+        processes = ocp.options.MultiprocessingOptions()
+        if jax.process_count() > 1:
+            own = jax.process_index()
+            processes = ocp.options.MultiprocessingOptions(own, {own}, f"process-{own}")
+            if writing:
+                folder.mkdir(exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            create=writing,
-            read_only=self._read_only,
+            create=writing and jax.process_count() == 1,
+            read_only=not writing,
             cleanup_tmp_directories=writing,
             preservation_policy=_KeepNewestAndBest(self) if writing else None,
+            multiprocessing_options=processes,
         )
         handlers = {
-            "state": ocp.StandardCheckpointHandler(),
-            "meta": ocp.JsonCheckpointHandler(),
+            "state": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+            "meta": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
         }
-        folder = self.folder / STEPS_FOLDER
         return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+    def _commit(self, step: int, meta: Mapping[str, Any]) -> list[int]:
+        """Makes a step complete whose parts all processes have written; gives all steps."""
+        args = ocp.args.Composite(meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=args, force=True)
+        self._manager.wait_until_finished()
+        steps = list(self._manager.all_steps())
+        remove_parts(self.folder, steps)
+        return steps
 
     def _recover(self, error: Exception) -> CheckpointError:
         """Starts Orbax anew, which lists what is on disk and removes what is half written."""
-        self._manager = self._open_manager()
-        self._scores = self._read_scores()
+        with _told():
+            self._open()
         free = shutil.disk_usage(self.folder).free
         return CheckpointError(
             f"a checkpoint could not be written to {self.folder}: {_first_line(error)}. Complete "
@@ -284,42 +351,74 @@ class CheckpointStore:
 
     def _pass_over(self, reasons: Mapping[int, str], used: int) -> None:
         """Warns of damaged checkpoints and sets them aside, where no later save meets them."""
-        for step, reason in reasons.items():
-            where = "left where it is"
-            if not self._read_only:
-                where = f"moved to {self._set_aside(step)}"
+        if not reasons:
+            return
+        places = {str(step): "left where it is" for step in reasons}
+        if not self._read_only:
+            with _told():
+                places = self._together.from_first(
+                    "set aside", lambda: {str(step): self._set_aside(step) for step in reasons}
+                )
+            self._manager.reload()
+            self._steps = [step for step in self._steps if step not in reasons]
+        for step, reason in reasons.items() if self._together.is_first else ():
             warnings.warn(
-                f"the checkpoint of step {step} is damaged ({reason}) and was {where}; using step "
-                f"{used} instead",
+                f"the checkpoint of step {step} is damaged ({reason}) and was {places[str(step)]}; "
+                f"using step {used} instead",
                 CheckpointWarning,
                 stacklevel=3,
             )
-        if reasons and not self._read_only:
-            self._manager.reload()
+        for step in reasons:
+            self._scores.pop(step, None)
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int) -> str:
         target = self.folder / DAMAGED_FOLDER / str(step)
         for attempt in range(1, 1000):
             if not target.exists():
                 break
             target = target.with_name(f"{step}-{attempt}")
         target.parent.mkdir(exist_ok=True)
-        if jax.process_index() == 0:
-            (self.folder / STEPS_FOLDER / str(step)).rename(target)
-        self._scores.pop(step, None)
-        return target
+        (self.folder / STEPS_FOLDER / str(step)).rename(target)
+        parts = self.folder / PARTS_FOLDER / str(step)
+        if parts.exists():
+            parts.rename(target / PARTS_FOLDER)
+        return f"moved to {target}"
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         try:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
-            meta = dict(restored["meta"])
+            meta = unsealed(restored["meta"])
         except Exception as error:
             raise _DamagedError(f"its meta data cannot be read: {_first_line(error)}") from error
-        if meta.pop("crc32", None) != _crc32(meta):
+        if meta is None:
             raise _DamagedError("its meta data do not have the checksum they were saved with")
         return meta
+
+    def _read_arrays(self, step: int, meta: Mapping[str, Any], abstract_state: PyTree) -> PyTree:
+        try:
+            if "parts" in meta:
+                folder = self.folder / PARTS_FOLDER / str(step)
+                return read_parts(folder, meta["parts"], abstract_state)
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            return self._manager.restore(step, args=args)["state"]
+        except Exception as error:
+            raise _DamagedError(f"its arrays cannot be read: {_first_line(error)}") from error
+
+    def _in_all[T](self, what: str, read: Callable[[], T]) -> T:
+        """What is read, or an error in all processes if it is damaged for one."""
+        value, failure = None, ""
+        try:
+            value = read()
+        except _DamagedError as error:
+            failure = str(error)
+        with _told():
+            failure = self._together.first_failure(what, failure)
+        if failure:
+            raise _DamagedError(failure)
+        return cast(T, value)
 
     def _read(
         self,
@@ -328,18 +427,16 @@ class CheckpointStore:
         config: Mapping[str, Any] | None,
         may_differ: tuple[str, ...],
     ) -> Restored:
-        meta = self._read_meta(step)
+        meta = self._in_all("read meta", lambda: self._read_meta(step))
         if config is not None:
             check_same_config(meta["config"], config, may_differ)
-        _check_same_arrays(step, meta["arrays"], abstract_state)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
-        try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        if lines := other_arrays(meta["arrays"], abstract_state):
+            shown = "\n  ".join(lines[:20])
+            raise CheckpointError(
+                f"the checkpoint of step {step} holds other arrays:\n  {shown}\nBuild the model "
+                "and the optimizer with the saved configuration."
             )
-        except Exception as error:
-            raise _DamagedError(f"its arrays cannot be read: {_first_line(error)}") from error
-        state = restored["state"]
+        state = self._in_all("read arrays", lambda: self._read_arrays(step, meta, abstract_state))
         read = fingerprints(state)
         wrong = [name for name, saved in meta["arrays"].items() if read[name] != saved]
         if wrong:
@@ -364,36 +461,14 @@ class _KeepNewestAndBest:
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """What another process could not do is a checkpoint's error here."""
+    try:
+        yield
+    except AgreementError as error:
+        raise CheckpointError(str(error)) from error
+
+
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-
-
-def _sealed(**meta: Any) -> dict[str, Any]:
-    """As JSON would return it, with a checksum of its own."""
-    plain = json.loads(json.dumps(meta))
-    return {**plain, "crc32": _crc32(plain)}
-
-
-def _crc32(meta: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
-
-
-def _check_same_arrays(step: int, saved: Mapping[str, list], abstract_state: PyTree) -> None:
-    """Tells a checkpoint of other arrays from a damaged one."""
-    names = leaf_names(abstract_state)
-    wanted = {
-        name: [str(leaf.dtype), list(leaf.shape)]
-        for name, leaf in zip(names, jax.tree.leaves(abstract_state), strict=True)
-    }
-    lines = []
-    for name in sorted(wanted.keys() | saved.keys()):
-        before = "absent" if name not in saved else f"{saved[name][0]}{saved[name][1]}"
-        now = "absent" if name not in wanted else f"{wanted[name][0]}{wanted[name][1]}"
-        if before != now:
-            lines.append(f"{name}: saved {before}, asked for {now}")
-    if lines:
-        shown = "\n  ".join(lines[:20])
-        raise CheckpointError(
-            f"the checkpoint of step {step} holds other arrays:\n  {shown}\nBuild the model and "
-            "the optimizer with the saved configuration."
-        )
