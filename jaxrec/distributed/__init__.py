@@ -29,6 +29,7 @@ from jaxrec.distributed.sharded_embedding import ExchangeReport as ExchangeRepor
 from jaxrec.distributed.sharded_embedding import IdError as IdError
 from jaxrec.distributed.sharded_embedding import ShardedTables as ShardedTables
 from jaxrec.distributed.sharded_embedding import TableState as TableState
+from jaxrec.distributed.sharded_step import GradientReport as GradientReport
 from jaxrec.distributed.sharded_step import GrowingStep as GrowingStep
 from jaxrec.distributed.sharded_step import ShardedMetrics as ShardedMetrics
 from jaxrec.distributed.sharded_step import ShardedState as ShardedState

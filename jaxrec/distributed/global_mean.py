@@ -34,10 +34,14 @@ def global_mean(
 
     def on_each_rank(params: PyTree, batches: JaggedBatch) -> jax.Array:
         batch = jax.tree.map(lambda array: array[0], batches)
-        targets = (batch.target_ids != PADDING_ID).sum().astype(jnp.float32)
-        share = targets / jnp.maximum(jax.lax.psum(targets, axis), 1)
-        return jax.lax.psum(share * loss(params, batch), axis)
+        return jax.lax.psum(share_of_targets(batch, axis) * loss(params, batch), axis)
 
     return jax.shard_map(
         on_each_rank, mesh=mesh, in_specs=(whole, rows), out_specs=whole, check_vma=False
     )
+
+
+def share_of_targets(batch: JaggedBatch, axis: str | tuple[str, ...]) -> Float[jax.Array, ""]:
+    """A rank's share of all ranks' targets; inside `jax.shard_map`, of the rank's own batch."""
+    targets = (jnp.asarray(batch.target_ids) != PADDING_ID).sum().astype(jnp.float32)
+    return targets / jnp.maximum(jax.lax.psum(targets, axis), 1)

@@ -184,7 +184,10 @@ class LateExchange:
         ok: Bool[Array, ""],
         step: Int32[Array, ""],
     ) -> tuple[dict[str, TableState], Deferred]:
-        """The tables with the gradients applied that the next batch needs; the others deferred."""
+        """The tables with the gradients applied that the next batch needs; the others deferred.
+
+        Unless ok neither happens.
+        """
 
         def of_group(name: str, state: TableState, d_rows, asked, mark, ok, step):
             places = flat_places(late_places(mark.asker_first, limits[name]), asked.shape[1])
@@ -197,7 +200,7 @@ class LateExchange:
         asked = _asked(plan)
         state = self._each_group(of_group, state, d_rows, asked, marks, everywhere=(ok, step))
         rest = {
-            name: jnp.where(mark.owner_first, self.num_own(name), asked[name])
+            name: jnp.where(mark.owner_first | ~ok, self.num_own(name), asked[name])
             for name, mark in marks.items()
         }
         return state, Deferred(d_rows, rest)

@@ -56,12 +56,14 @@ from jaxrec.distributed.late_exchange import (
 from jaxrec.distributed.sharded_embedding import Capacity, ExchangeReport, ShardedTables
 from jaxrec.distributed.sharded_step import (
     EmbeddingLoss,
+    GradientReport,
     GrowingStep,
     ShardedMetrics,
     ShardedState,
     dense_forward,
     dense_step,
     dense_update,
+    inspect_gradients,
     keep_if,
 )
 from jaxrec.typing import PyTree
@@ -82,6 +84,7 @@ class PrioritizedMetrics(NamedTuple):
       loss, aux: of the batch trained on.
       exchange: of the batch ahead; where it is not ok the step changed nothing. `needed` tells of
         late places as well.
+      gradients: of the batch trained on.
       traffic: see there; late rows and deferred gradients are those sent in this step, early rows
         and late gradients likewise.
     """
@@ -89,6 +92,7 @@ class PrioritizedMetrics(NamedTuple):
     loss: jax.Array
     aux: PyTree
     exchange: ExchangeReport
+    gradients: GradientReport
     traffic: Traffic
 
 
@@ -116,6 +120,7 @@ class PrioritizedStep:
         self._begin = jax.jit(self._exchange.begin, static_argnums=3)
         self._growing: GrowingStep | None = None
         self._finish = jax.jit(self._last_step, donate_argnums=0)
+        self._settle = jax.jit(self._without_ahead, donate_argnums=0)
 
     @property
     def capacity(self) -> dict[str, int]:
@@ -176,11 +181,16 @@ class PrioritizedStep:
         return self._growing(carry, ids, batch)
 
     def finish(self, carry: PipelineState) -> tuple[ShardedState, ShardedMetrics]:
-        """Trains on the last batch and applies all that is deferred; the carry is donated.
-
-        So it is done before a checkpoint too; training goes on with `start` and the next batch.
-        """
+        """Trains on the last batch and applies all that is deferred; the carry is donated."""
         return self._finish(*carry)
+
+    def settle(self, carry: PipelineState) -> ShardedState:
+        """Applies all that is deferred and forgets the batch ahead; the carry is donated.
+
+        For a checkpoint or an evaluation: training goes on with `start` and the batch that was
+        ahead, and the results are the same, to the bit.
+        """
+        return self._settle(carry)
 
     def build(self, capacity: Capacity) -> Callable[..., tuple[Any, Any]]:
         """The jitted step for a capacity, which `__call__` runs."""
@@ -211,20 +221,21 @@ class PrioritizedStep:
         one, tables = lax.optimization_barrier((jnp.ones_like(value), tables))
         d_params, d_rows = pull(one)
         early, d_rows = lax.optimization_barrier((early, d_rows))
+        gradients = inspect_gradients(value, d_params, d_rows)
+        keep = report.ok & gradients.finite
         params, opt_state = dense_update(
-            self._optimizer, (state.params, state.opt_state), d_params, report.ok
+            self._optimizer, (state.params, state.opt_state), d_params, keep
         )
         # Waited for: gradients of rows that the next step reads.
-        tables, rest = parts.apply_late(
-            tables, ahead.plan, marks, d_rows, limits, report.ok, state.step
-        )
+        tables, rest = parts.apply_late(tables, ahead.plan, marks, d_rows, limits, keep, state.step)
         owner_late = {name: mark.owner_second for name, mark in marks.items()}
         asker_late = {name: mark.asker_second for name, mark in marks.items()}
         following = Ahead(plan, self.tables.placed(batch), early, owner_late, asker_late)
         following, rest = keep_if(report.ok, (following, rest), (ahead, deferred))
         new = ShardedState(state.step + report.ok, tables, params, opt_state)
         traffic = parts.traffic(ahead, deferred, plan, marks)
-        return PipelineState(new, following, rest), PrioritizedMetrics(value, aux, report, traffic)
+        metrics = PrioritizedMetrics(value, aux, report, gradients, traffic)
+        return PipelineState(new, following, rest), metrics
 
     def _last_step(
         self, state: ShardedState, ahead: Ahead, deferred: Deferred
@@ -235,13 +246,23 @@ class PrioritizedStep:
         rows, tables = parts.with_late(state.tables, ahead, limits)
         received = parts.send_deferred(deferred)
         tables = parts.apply_deferred(tables, received, deferred, ok, state.step - 1)
-        value, aux, params, opt_state, d_rows = dense_step(
+        value, aux, (params, opt_state), d_rows, gradients = dense_step(
             self.tables, self._loss, self._optimizer, (state.params, state.opt_state),
             rows, ahead.plan, ahead.batch, ok,
         )  # fmt: skip
-        tables = self.tables.update(tables, ahead.plan, d_rows, state.step)
+        tables = self.tables.update(
+            tables, ahead.plan, d_rows, state.step, keep=ok & gradients.finite
+        )
         new = ShardedState(state.step + 1, tables, params, opt_state)
-        return new, ShardedMetrics(value, aux, ahead.plan.report)
+        return new, ShardedMetrics(value, aux, ahead.plan.report, gradients)
+
+    def _without_ahead(self, carry: PipelineState) -> ShardedState:
+        state, _, deferred = carry
+        received = self._exchange.send_deferred(deferred)
+        tables = self._exchange.apply_deferred(
+            state.tables, received, deferred, jnp.bool_(True), state.step - 1
+        )
+        return state._replace(tables=tables)
 
     def _resized(self, carry: PipelineState, capacity: Capacity) -> PipelineState:
         resize = jax.jit(lambda ahead, late: self._exchange.resized(ahead, late, capacity))

@@ -208,11 +208,9 @@ class ShardedTables:
                     f"{(table.num_rows, table.dim)}"
                 )
             group = self._group_of[name]
-            at = group.rows_of(table)
-            rows = self._in_device_memory(group, state[group.name].rows)
-            rows = rows.at[at].set(jnp.asarray(value).astype(group.dtype))
-            rows = jax.device_put(rows, self.shardings()[group.name].rows)
-            state[group.name] = state[group.name]._replace(rows=rows)
+            state[group.name] = state[group.name]._replace(
+                rows=self._replaced(group, table, state[group.name].rows, np.asarray(value))
+            )
         return state
 
     def dense(self, state: Mapping[str, TableState], table: str) -> Float[Array, "V D"]:
@@ -220,6 +218,13 @@ class ShardedTables:
         group = self._group_of[self._table(table).name]
         rows = self._in_device_memory(group, state[group.name].rows)
         return rows[group.rows_of(self.tables[table])]
+
+    def dense_moments(self, state: Mapping[str, TableState], table: str) -> Moments:
+        """The optimizer's moments of all rows of a table in the order of their ids."""
+        group = self._group_of[self._table(table).name]
+        at = group.rows_of(self.tables[table])
+        moments = state[group.name].moments
+        return tuple(self._in_device_memory(group, moment)[at] for moment in moments)
 
     # One batch.
 
@@ -303,6 +308,8 @@ class ShardedTables:
         plan: EmbeddingPlan,
         d_rows: Rows,
         step: Int[Array, ""] | int = 0,
+        *,
+        keep: Bool[Array, ""] | None = None,
     ) -> dict[str, TableState]:
         """One optimizer step of the rows looked up, in place if the state is donated; traceable.
 
@@ -314,6 +321,7 @@ class ShardedTables:
           plan: of the lookup.
           d_rows: gradients of the loss of all devices by `rows`.
           step: number of the step, for learning rates by schedule.
+          keep: False changes nothing; None asks whether the plan is ok.
         """
 
         def local(state, plans, d_rows, ok, step):
@@ -327,8 +335,9 @@ class ShardedTables:
 
         everywhere = PartitionSpec()
         specs = (self._spec, self._spec, self._spec, everywhere, everywhere)
+        keep = plan.report.ok if keep is None else keep
         return self.on_devices(local, in_specs=specs)(
-            dict(state), plan.groups, d_rows, plan.report.ok, jnp.asarray(step, jnp.int32)
+            dict(state), plan.groups, d_rows, keep, jnp.asarray(step, jnp.int32)
         )
 
     # Capacity and errors: on the host, between steps.
@@ -454,6 +463,17 @@ class ShardedTables:
         return TableState(
             rows.astype(group.dtype), group.optimizer.moments(group.num_rows, group.dim)
         )
+
+    def _replaced(
+        self, group: TableGroup, table: EmbeddingTable, rows: Array, values: np.ndarray
+    ) -> Array:
+        """A group's rows with those of one table replaced, where they are kept."""
+        replace = jax.jit(
+            lambda rows, values: rows.at[group.rows_of(table)].set(values.astype(group.dtype)),
+            out_shardings=NamedSharding(self.mesh, self._spec, memory_kind="device"),
+        )
+        new = replace(self._in_device_memory(group, rows), values)
+        return jax.device_put(new, self.shardings()[group.name].rows)
 
     def _in_device_memory(self, group: TableGroup, rows: Array) -> Array:
         if not group.on_host:

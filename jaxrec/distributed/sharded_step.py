@@ -38,17 +38,39 @@ class ShardedState(NamedTuple):
     opt_state: PyTree
 
 
+class GradientReport(NamedTuple):
+    """What was found of a step's gradients; on all devices.
+
+    Attributes:
+      norm: of the dense weights' gradient; f32. (The rows' is summed where the rows are kept, in
+        part after the step, so nobody has its norm.)
+      nonfinite: number of the first leaf, of params and then of the tables' rows by group, whose
+        gradient is not finite, or the number of leaves if only the loss is not; -1 if all are. In
+        any other case no weight and no row was changed. i32.
+    """
+
+    norm: jax.Array
+    nonfinite: jax.Array
+
+    @property
+    def finite(self) -> jax.Array:
+        """Whether all are."""
+        return self.nonfinite < 0
+
+
 class ShardedMetrics(NamedTuple):
     """Results of one step; on all devices.
 
     Attributes:
       loss, aux: as the loss gave them.
       exchange: whether they count: if it is not ok, the step changed nothing.
+      gradients: of this step.
     """
 
     loss: jax.Array
     aux: PyTree
     exchange: ExchangeReport
+    gradients: GradientReport
 
 
 type Step = Callable[..., tuple[Any, Any]]
@@ -94,13 +116,15 @@ def make_sharded_step(
     def step(state: ShardedState, ids: Mapping[str, Any], batch: Any) -> tuple[Any, Any]:
         plan = tables.plan(ids, capacity)
         rows = tables.lookup(state.tables, plan)
-        value, aux, params, opt_state, d_rows = dense_step(
+        value, aux, (params, opt_state), d_rows, gradients = dense_step(
             tables, loss, optimizer, (state.params, state.opt_state), rows, plan,
             tables.placed(batch), plan.report.ok,
         )  # fmt: skip
-        updated = tables.update(state.tables, plan, d_rows, state.step)
+        updated = tables.update(
+            state.tables, plan, d_rows, state.step, keep=plan.report.ok & gradients.finite
+        )
         new = ShardedState(state.step + plan.report.ok, updated, params, opt_state)
-        return new, ShardedMetrics(value, aux, plan.report)
+        return new, ShardedMetrics(value, aux, plan.report, gradients)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -114,11 +138,24 @@ def dense_step(
     plan: EmbeddingPlan,
     batch: Any,
     ok: jax.Array,
-) -> tuple[jax.Array, PyTree, PyTree, PyTree, Rows]:
-    """Loss, aux, next params and optimizer state (as they were unless ok), gradients of rows."""
+) -> tuple[jax.Array, PyTree, tuple[PyTree, PyTree], Rows, GradientReport]:
+    """Loss, aux, next params and optimizer state, gradients of rows and what was found of them.
+
+    Params and their state stay as they were unless ok and all is finite.
+    """
     value, aux, pull = dense_forward(tables, loss, dense[0], rows, plan, batch)
     d_params, d_rows = pull(jnp.ones_like(value))
-    return value, aux, *dense_update(optimizer, dense, d_params, ok), d_rows
+    gradients = inspect_gradients(value, d_params, d_rows)
+    new = dense_update(optimizer, dense, d_params, ok & gradients.finite)
+    return value, aux, new, d_rows, gradients
+
+
+def inspect_gradients(value: jax.Array, d_params: PyTree, d_rows: Rows) -> GradientReport:
+    """What a step reports of its gradients."""
+    leaves = [*jax.tree.leaves(d_params), *jax.tree.leaves(d_rows)]
+    bad = jnp.stack([*(~jnp.isfinite(leaf).all() for leaf in leaves), ~jnp.isfinite(value)])
+    first = jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
+    return GradientReport(optax.tree.norm(d_params), first)
 
 
 def dense_forward(

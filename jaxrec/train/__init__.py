@@ -22,6 +22,8 @@ from jaxrec.train.objective import OverArchLoss as OverArchLoss
 from jaxrec.train.optim import OptimizerConfig as OptimizerConfig
 from jaxrec.train.optim import make_optimizer as make_optimizer
 from jaxrec.train.optim import make_schedule as make_schedule
+from jaxrec.train.parallel import ParallelConfig as ParallelConfig
+from jaxrec.train.parallel import ParallelRun as ParallelRun
 from jaxrec.train.progress import Progress as Progress
 from jaxrec.train.progress import read_log as read_log
 from jaxrec.train.row_wise import RowWise as RowWise

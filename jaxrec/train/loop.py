@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.train.checkpoint import CheckpointError, CheckpointStore, CheckpointWarning
 from jaxrec.train.progress import Progress, RunLog, make_progress
 from jaxrec.train.signals import StopSignals
-from jaxrec.train.step import StepMetrics, TrainState, TrainStep
+from jaxrec.train.step import StepMetrics, TrainState
 from jaxrec.train.utilisation import TrainingFlops, speed_figures
 
-type Evaluate = Callable[[TrainState], Mapping[str, float]]
+type LoopState = Any
+"""A `TrainState`, or what steps over many devices carry: with a `step` as soon as it is settled."""
+type LoopStep = Callable[[LoopState, Any], tuple[LoopState, StepMetrics]]
+type Evaluate = Callable[[LoopState], Mapping[str, float]]
 type Evaluation = dict[str, float | int]
 
 MAY_DIFFER = (
@@ -98,8 +100,8 @@ class LoopResult(NamedTuple):
 
 
 def run_loop(
-    state: TrainState,
-    step_fn: TrainStep,
+    state: LoopState,
+    step_fn: LoopStep,
     batches: Any,
     *,
     config: LoopConfig,
@@ -108,9 +110,10 @@ def run_loop(
     evaluate: Evaluate | None = None,
     resume: bool = True,
     param_names: Sequence[str],
-    put_batch: Callable[[JaggedBatch], JaggedBatch] = lambda batch: batch,
+    put_batch: Callable[[Any], Any] = lambda batch: batch,
     progress: Progress | None = None,
     flops: TrainingFlops | None = None,
+    settled: Callable[[Any], Any] = lambda state: state,
 ) -> LoopResult:
     """Trains until `num_steps`, early stop or a signal; called again, it goes on from there.
 
@@ -130,6 +133,8 @@ def run_loop(
       progress: None shows a bar on a terminal and prints lines elsewhere; `Progress()` is quiet.
         It is told of every shape of batches that the step was compiled for.
       flops: of the model, so that the progress line shows what of the device's peak is used.
+      settled: completes what a step left under way; done before a state is evaluated, saved or
+        returned. The step goes on from what it returns.
 
     Raises:
       NonFiniteError: NaN or infinity; the last good weights are saved first.
@@ -139,7 +144,7 @@ def run_loop(
     """
     full_config = {**model_config, "loop": asdict(config)}
     with CheckpointStore(folder, keep=config.keep, best_metric=config.monitor) as store:
-        run = _Run(store, config, full_config, batches, param_names, flops)
+        run = _Run(store, config, full_config, batches, param_names, flops, settled)
         state = run.resume(state, allowed=resume)
         run.log = RunLog(store.folder, run.step)
         run.progress = make_progress(run.step, config.num_steps) if progress is None else progress
@@ -171,8 +176,10 @@ class _Run:
         batches: Any,
         param_names: Sequence[str],
         flops: TrainingFlops | None,
+        settled: Callable[[Any], Any],
     ):
         self.store, self.config, self.full_config = store, config, full_config
+        self.settled = settled
         self.batches, self.param_names, self.flops = batches, param_names, flops
         self.step, self.saved_step = 0, -1
         self.history: list[Evaluation] = []
@@ -186,7 +193,7 @@ class _Run:
         """Begins a new stretch of training to measure the speed of."""
         self.counts, self.clock = dict.fromkeys(("tokens", "pairs", "targets"), 0.0), _now()
 
-    def resume(self, state: TrainState, *, allowed: bool) -> TrainState:
+    def resume(self, state: LoopState, *, allowed: bool) -> LoopState:
         """The newest checkpoint's state, or `state` in an empty folder."""
         if self.store.steps:
             if not allowed:
@@ -205,12 +212,12 @@ class _Run:
 
     def train(
         self,
-        state: TrainState,
-        step_fn: TrainStep,
-        put_batch: Callable[[JaggedBatch], JaggedBatch],
+        state: LoopState,
+        step_fn: LoopStep,
+        put_batch: Callable[[Any], Any],
         evaluate: Evaluate | None,
         signals: StopSignals,
-    ) -> tuple[TrainState, str]:
+    ) -> tuple[LoopState, str]:
         """The loop proper; returns the last state and why it ended."""
         config = self.config
         why = "patience" if self.out_of_patience else ""
@@ -233,6 +240,8 @@ class _Run:
                 self.check(state)
             if logging:
                 self.write_window()
+            if saving:
+                state = self.settled(state)
             if evaluating and evaluate is not None:
                 self.record(evaluate(state))
                 why = "patience" if self.out_of_patience else ""
@@ -242,13 +251,13 @@ class _Run:
         self.check(state)
         if why in ("done", "out of batches"):
             self.write_window()
-        return state, why
+        return self.settled(state), why
 
     def run_step(
-        self, step_fn: TrainStep, state: TrainState, batch: JaggedBatch
-    ) -> tuple[TrainState, StepMetrics]:
+        self, step_fn: LoopStep, state: LoopState, batch: Any
+    ) -> tuple[LoopState, StepMetrics]:
         """One step; where its batch has a new shape, tells how long compiling took."""
-        shape = tuple(part.shape for part in batch)
+        shape = tuple(part.shape for part in jax.tree.leaves(batch))
         if shape in self.shapes:
             return step_fn(state, batch)
         self.shapes.add(shape)
@@ -257,7 +266,7 @@ class _Run:
         state, metrics = step_fn(state, batch)
         self.progress.note(
             f"step {self.step + 1}: program {len(self.shapes)}, for batches of "
-            f"{len(batch.item_ids):,} token slots, ready after {_now() - started:.1f} s"
+            f"{batch.item_ids.size:,} token slots, ready after {_now() - started:.1f} s"
         )
         self.restart_clock()
         return state, metrics
@@ -266,14 +275,14 @@ class _Run:
         """Whether something done every so many steps is due now; 0 is never."""
         return every > 0 and self.step % every == 0
 
-    def check(self, state: TrainState) -> None:
+    def check(self, state: LoopState) -> None:
         """Fetches the step metrics that are in flight; saves and raises if one is not finite."""
         steps = [step for step, _ in self.in_flight]
         fetched = jax.device_get([metrics for _, metrics in self.in_flight])
         self.in_flight = []
         for step, metrics in zip(steps, fetched, strict=True):
             if metrics.nonfinite >= 0:
-                self.save(state)
+                self.save(self.settled(state))
                 raise NonFiniteError(self._nonfinite_message(step, metrics))
             for name in self.counts:
                 self.counts[name] += float(getattr(metrics, f"num_{name}"))
@@ -346,14 +355,14 @@ class _Run:
         since_best = len(self.history) - 1 - self.history.index(self.best)
         return since_best >= self.config.patience
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: LoopState) -> None:
         """Starts a checkpoint; a failure is a warning here, as training itself is unharmed."""
         try:
             self._start_saving(state)
         except CheckpointError as error:
             warnings.warn(str(error), CheckpointWarning, stacklevel=2)
 
-    def _start_saving(self, state: TrainState) -> None:
+    def _start_saving(self, state: LoopState) -> None:
         if self.saved_step == self.step:
             return
         newest = self.history[-1] if self.history else {"step": -1}
@@ -368,7 +377,7 @@ class _Run:
         )
         self.saved_step = self.step
 
-    def finish(self, state: TrainState, why: str) -> LoopResult:
+    def finish(self, state: LoopState, why: str) -> LoopResult:
         """Makes sure that the last step is saved, and fetches the best."""
         failure = self._save_last(state)
         best_state = self._best_state(state)
@@ -385,7 +394,7 @@ class _Run:
             self.progress.note(f"{why}: stopped after step {self.step}; run again to go on")
         return result
 
-    def _save_last(self, state: TrainState) -> CheckpointError | None:
+    def _save_last(self, state: LoopState) -> CheckpointError | None:
         """Completes the last checkpoint, trying once more where the first attempt failed."""
         try:
             self._start_saving(state)
@@ -399,7 +408,7 @@ class _Run:
                 return error
         return None
 
-    def _best_state(self, state: TrainState) -> TrainState:
+    def _best_state(self, state: LoopState) -> LoopState:
         if self.best is None or self.best["step"] == self.step:
             return state
         try:

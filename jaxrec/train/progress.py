@@ -1,12 +1,15 @@
 """What a run shows and writes while it goes: progress bar, JSON lines, TensorBoard."""
 
 import json
+import os
 import sys
 import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 LOG_FILE = "log.jsonl"
 
@@ -89,7 +92,12 @@ class RichProgress(Progress):
 
 
 def make_progress(first_step: int, num_steps: int) -> Progress:
-    """The live bar on a terminal that has rich, plain lines elsewhere."""
+    """The live bar on a terminal that has rich, plain lines elsewhere.
+
+    Of several processes only the first shows anything.
+    """
+    if jax.process_index() > 0:
+        return Progress()
     if sys.stdout.isatty():
         try:
             return RichProgress(first_step, num_steps)
@@ -103,10 +111,14 @@ class RunLog:
 
     Opening it for a resumed run drops the lines of steps past the restored one, so that the file
     reads as if the run had never stopped. What cannot be written (disk full) is kept and written
-    with a later line; training goes on.
+    with a later line; training goes on. Of several processes only the first writes.
     """
 
     def __init__(self, folder: Path, first_step: int):
+        self._unwritten = b""
+        if jax.process_index() > 0:
+            self._file, self._board = Path(os.devnull).open("ab", buffering=0), None
+            return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOG_FILE
         kept = [record for record in _records(path) if record["step"] <= first_step]
@@ -114,7 +126,6 @@ class RunLog:
         scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
         scratch.replace(path)
         self._file = path.open("ab", buffering=0)
-        self._unwritten = b""
         self._board = _tensorboard(folder / "tensorboard", first_step)
 
     def write(self, step: int, kind: str, figures: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ class RowWise:
         Raises:
           ValueError: the weights hold no item rows, or several tables of them.
         """
-        others, table = _split_items(weights)
+        others, table = split_items(weights)
         return RowWiseState(self.others.init(others), self.rows.moments(*table.shape))
 
     def update(
@@ -67,15 +67,20 @@ class RowWise:
           step: its number, for the learning rate of the rows.
         """
         if self.clip_norm is not None:
-            norm = optax.tree.norm(grads)
-            scale = jnp.where(norm > self.clip_norm, self.clip_norm / norm, 1.0)
-            grads = jax.tree.map(lambda g: g * scale, grads)
-        (d_others, d_rows), (others, rows) = _split_items(grads), _split_items(weights)
+            grads = clipped(grads, self.clip_norm)
+        (d_others, d_rows), (others, rows) = split_items(grads), split_items(weights)
         updates, others_state = self.others.update(d_others, state.others, others)
         rate = rate_at(self.rows, step)
         rows, moments = self.rows.update(rows, state.moments, d_rows, rate)
-        new = _with_items(weights, optax.apply_updates(others, updates), rows)
+        new = with_items(weights, optax.apply_updates(others, updates), rows)
         return new, RowWiseState(others_state, moments)
+
+
+def clipped(grads: PyTree, clip_norm: float) -> PyTree:
+    """Gradients scaled down to a norm of at most `clip_norm`."""
+    norm = optax.tree.norm(grads)
+    scale = jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
+    return jax.tree.map(lambda g: g * scale, grads)
 
 
 class Part(NamedTuple):
@@ -101,19 +106,32 @@ class Part(NamedTuple):
         return ids if rows is None else jax.tree.map(lambda x: read_rows(x, rows), ids)
 
 
-def select_rows(
-    weights: PyTree, opt_state: RowWiseState, batch: JaggedBatch, negatives: NegativesPair
-) -> Part:
-    """What a step needs; N is 1 + all tokens, targets and negatives.
+class Named(NamedTuple):
+    """The items that a step names, as a catalogue of their own.
 
-    Cost: a sort of N numbers; N rows and their moments are read.
+    Attributes:
+      rows: their numbers in the whole catalogue, rising, the first padding, V behind the last.
+      batch, negatives: name items by their place in `rows`.
     """
-    others, table = _split_items(weights)
+
+    rows: Int32[Array, "N"]
+    batch: JaggedBatch
+    negatives: NegativesPair
+
+
+def name_rows(batch: JaggedBatch, negatives: NegativesPair, num_rows: int) -> Named:
+    """The items of a batch and its negatives; N is 1 + all tokens, targets and negatives.
+
+    Args:
+      num_rows: V.
+
+    Cost: a sort of N numbers.
+    """
     drawn = [own.ids for own in negatives if own is not None]
     padding = jnp.full(1, PADDING_ID, jnp.int32)
     named = [padding, *map(jnp.asarray, (batch.item_ids, batch.target_ids, *drawn))]
     keys = jnp.concatenate([ids.reshape(-1) for ids in named])
-    rows, places = number_distinct(keys, table.shape[0])
+    rows, places = number_distinct(keys, num_rows)
     ends = np.cumsum([ids.size for ids in named])[:-1]
     found = zip(jnp.split(places, ends), named, strict=True)
     _, item_ids, target_ids, *placed = [places.reshape(ids.shape) for places, ids in found]
@@ -122,11 +140,24 @@ def select_rows(
         None if own is None else Negatives(next(waiting), read_rows(own.log_q, rows))
         for own in negatives
     )
+    batch = batch._replace(item_ids=item_ids, target_ids=target_ids)
+    return Named(rows, batch, (first, second))
+
+
+def select_rows(
+    weights: PyTree, opt_state: RowWiseState, batch: JaggedBatch, negatives: NegativesPair
+) -> Part:
+    """What a step needs; N is 1 + all tokens, targets and negatives.
+
+    Cost: a sort of N numbers; N rows and their moments are read.
+    """
+    others, table = split_items(weights)
+    rows, batch, negatives = name_rows(batch, negatives, table.shape[0])
     moments = tuple(read_rows(moment, rows) for moment in opt_state.moments)
     return Part(
-        batch._replace(item_ids=item_ids, target_ids=target_ids),
-        (first, second),
-        _with_items(weights, others, read_rows(table, rows)),
+        batch,
+        negatives,
+        with_items(weights, others, read_rows(table, rows)),
         RowWiseState(opt_state.others, moments),
         rows,
     )
@@ -136,15 +167,15 @@ def store_rows(
     weights: PyTree, opt_state: RowWiseState, rows: Int32[Array, "N"], new: tuple[PyTree, Any]
 ) -> tuple[PyTree, RowWiseState]:
     """All weights and states with the new ones of some rows, in place where they are donated."""
-    _, table = _split_items(weights)
-    (others, own), (others_state, moments) = _split_items(new[0]), new[1]
+    _, table = split_items(weights)
+    (others, own), (others_state, moments) = split_items(new[0]), new[1]
     pairs = zip(opt_state.moments, moments, strict=True)
     moments = tuple(write_rows(whole, rows, part) for whole, part in pairs)
     table = write_rows(table, rows, own)
-    return _with_items(weights, others, table), RowWiseState(others_state, moments)
+    return with_items(weights, others, table), RowWiseState(others_state, moments)
 
 
-def _split_items(weights: PyTree) -> tuple[PyTree, Float[Array, "rows D"]]:
+def split_items(weights: PyTree) -> tuple[PyTree, Float[Array, "rows D"]]:
     """(all other weights, the table of item rows)."""
     items, others = nnx.split_state(weights, ItemRows, ...)
     tables = jax.tree.leaves(items)
@@ -156,7 +187,7 @@ def _split_items(weights: PyTree) -> tuple[PyTree, Float[Array, "rows D"]]:
     return others, tables[0]
 
 
-def _with_items(like: PyTree, others: PyTree, rows: Any) -> PyTree:
+def with_items(like: PyTree, others: PyTree, rows: Any) -> PyTree:
     """Weights built as `like` from other weights and item rows."""
     items, _ = nnx.split_state(like, ItemRows, ...)
     return nnx.merge_state(others, jax.tree.map(lambda _: rows, items))

@@ -199,7 +199,7 @@ def make_step(
             grad_norm=optax.tree.norm(grads),
             num_tokens=batch.seq_offsets[-1],
             num_targets=(batch.target_ids != PADDING_ID).sum(),
-            num_pairs=_num_pairs(jnp.asarray(batch.seq_offsets)),
+            num_pairs=num_pairs(jnp.asarray(batch.seq_offsets)),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             nonfinite=nonfinite,
             routers=reports,
@@ -209,7 +209,8 @@ def make_step(
     return CompiledStep(jax.jit(step, donate_argnums=0), samplers)
 
 
-def _num_pairs(seq_offsets: jax.Array) -> jax.Array:
+def num_pairs(seq_offsets: jax.Array) -> jax.Array:
+    """Pairs of tokens of which one attends to the other or to itself; f32."""
     lengths = jnp.diff(seq_offsets).astype(jnp.float32)
     return (lengths * (lengths + 1) / 2).sum()
 

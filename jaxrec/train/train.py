@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxrec.data import (
     EvalSet,
     PopularitySampler,
     PrefetchIterator,
     Split,
+    TrainingBatches,
     bucket_sizes,
     cut_to_bucket,
     item_counts,
@@ -21,9 +23,10 @@ from jaxrec.data import (
 )
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.train.evaluate import evaluate_ranking, make_rank_fn
-from jaxrec.train.loop import LoopConfig, LoopResult, run_loop
+from jaxrec.train.loop import LastSaveError, LoopConfig, LoopResult, run_loop
 from jaxrec.train.objective import LossConfig, Sampler
 from jaxrec.train.optim import OptimizerConfig, make_optimizer, make_schedule
+from jaxrec.train.parallel import ParallelConfig, ParallelRun
 from jaxrec.train.progress import Progress
 from jaxrec.train.step import (
     TrainState,
@@ -93,10 +96,13 @@ def train(
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     resume: bool = True,
     progress: Progress | None = None,
+    parallel: ParallelConfig | None = None,
+    mesh: Mesh | None = None,
 ) -> LoopResult:
     """Trains `model` on `split.train`, choosing the best step on `split.valid`.
 
-    Run again with the same folder, it goes on where it was stopped, to the bit.
+    Run again with the same folder, it goes on where it was stopped, to the bit; over a mesh also
+    on another number of devices or processes, with the same global batches.
 
     Args:
       model: an NNX module with `config` (a dataclass with `max_len`), `encode(batch, key=)` and
@@ -109,14 +115,19 @@ def train(
       evaluate: replaces the ranking metrics on the validation set.
       resume: False refuses a folder that already holds a run.
       progress: as for `run_loop`.
+      parallel: trains over the devices of `mesh`, item rows split over them; of several processes
+        all call this alike, with the same model and one folder that all see.
+      mesh: given with `parallel` and only then.
 
     Returns:
-      The last and the best state, and the history of metrics.
+      The last and the best state, as one device has them, and the history of metrics.
 
     Raises:
-      ValueError: the model knows fewer items than the data have; else as `run_loop`.
+      ValueError: the model knows fewer items than the data have; a configuration that is not
+        trained over many devices (see `ParallelRun`); else as `run_loop`.
     """
     _check_vocabulary(model, split)
+    _check_parallel(config, parallel, mesh)
     batches = training_batches(
         split.train,
         mode=config.sampling,
@@ -125,6 +136,15 @@ def train(
         max_sequences=config.max_sequences,
         seed=config.seed,
     )
+    evaluate = evaluate or validation_metrics(model, spread(split.valid, config.eval_users))
+    options: dict[str, Any] = {
+        "folder": folder,
+        "resume": resume,
+        "progress": progress,
+        "flops": training_flops(model.config, config.loss, split.train.num_items),
+    }
+    if parallel is not None and mesh is not None:
+        return _train_parallel(model, split, batches, config, evaluate, options, parallel, mesh)
     optimizer = make_optimizer(config.optimizer)
     state = init_state(model, optimizer, seed=config.seed, ema_decay=config.ema_decay)
     step = make_step(
@@ -136,15 +156,6 @@ def train(
         sampler=_sampler(config.loss.negatives, split),
         overarch_sampler=config.loss.overarch and _sampler(config.loss.overarch.negatives, split),
     )
-    steps_per_epoch = batches.num_batches_per_epoch
-    loop_config = LoopConfig(
-        num_steps=config.num_epochs * steps_per_epoch,
-        eval_every=config.eval_every * steps_per_epoch,
-        checkpoint_every=config.checkpoint_every,
-        patience=config.patience,
-        monitor=config.monitor,
-        keep=config.keep,
-    )
     sizes = bucket_sizes(config.token_budget, config.token_buckets or 1)
 
     def place(batch: JaggedBatch) -> JaggedBatch:
@@ -155,14 +166,91 @@ def train(
             state,
             step,
             iterator,
-            config=loop_config,
-            folder=folder,
+            config=_loop_config(config, batches.num_batches_per_epoch),
             model_config=run_config(model, config),
-            evaluate=evaluate or validation_metrics(model, spread(split.valid, config.eval_users)),
-            resume=resume,
+            evaluate=evaluate,
             param_names=parameter_names(state.params),
-            progress=progress,
-            flops=training_flops(model.config, config.loss, split.train.num_items),
+            **options,
+        )
+
+
+def _train_parallel(
+    model: Any,
+    split: Split,
+    batches: TrainingBatches,
+    config: TrainConfig,
+    evaluate: Callable[[TrainState], dict[str, float]],
+    options: dict[str, Any],
+    parallel: ParallelConfig,
+    mesh: Mesh,
+) -> LoopResult:
+    """`train` over the devices of a mesh."""
+    run = ParallelRun(
+        model,
+        batches,
+        make_optimizer(config.optimizer),
+        loss=config.loss,
+        sampler=_sampler(config.loss.negatives, split),
+        schedule=make_schedule(config.optimizer),
+        seed=config.seed,
+        config=parallel,
+        mesh=mesh,
+    )
+
+    def as_one_device_has(result: LoopResult) -> LoopResult:
+        state = run.gathered(result.state)
+        best = state if result.best_state is result.state else run.gathered(result.best_state)
+        return result._replace(state=state, best_state=best)
+
+    global_batches = -(-batches.num_batches_per_epoch // parallel.num_sources)
+    with closing(run.batches) as iterator:
+        try:
+            result = run_loop(
+                run.state,
+                run.step,
+                iterator,
+                config=_loop_config(config, global_batches),
+                model_config={**run_config(model, config), "parallel": asdict(parallel)},
+                evaluate=lambda state: evaluate(run.gathered(state)),
+                param_names=run.param_names,
+                settled=run.settled,
+                **options,
+            )
+        except LastSaveError as error:
+            raise LastSaveError(str(error), as_one_device_has(error.result)) from error
+    return as_one_device_has(result)
+
+
+def _loop_config(config: TrainConfig, steps_per_epoch: int) -> LoopConfig:
+    return LoopConfig(
+        num_steps=config.num_epochs * steps_per_epoch,
+        eval_every=config.eval_every * steps_per_epoch,
+        checkpoint_every=config.checkpoint_every,
+        patience=config.patience,
+        monitor=config.monitor,
+        keep=config.keep,
+    )
+
+
+def _check_parallel(
+    config: TrainConfig, parallel: ParallelConfig | None, mesh: Mesh | None
+) -> None:
+    if (parallel is None) != (mesh is None):
+        raise ValueError(
+            "training over many devices needs both parallel=ParallelConfig(...) and "
+            'mesh=make_mesh({"data": 8}); on one device neither is given'
+        )
+    if parallel is None:
+        return
+    if config.ema_decay is not None:
+        raise ValueError(
+            f"ema_decay={config.ema_decay} averages every item row in every step, which split rows "
+            "avoid; train over many devices with ema_decay=None"
+        )
+    if (config.token_buckets or 1) > 1:
+        raise ValueError(
+            "token_buckets gives batches several sizes, but devices that train together need one; "
+            "use token_buckets=None, and ParallelConfig(balance=...) against uneven batches"
         )
 
 
