@@ -44,6 +44,10 @@ class Agreement:
         """Whether this process acts for all."""
         return self.alone or self.own == 0
 
+    def notes(self, what: str) -> KeyValue:
+        """A dictionary of its own for the processes of this agreement."""
+        return KeyValue(f"{self._topic}/{what}")
+
     def exchange(self, what: str, text: str) -> list[str]:
         """Every process's text, by their numbers.
 
@@ -60,7 +64,7 @@ class Agreement:
             return [text]
         call = self._calls[what]
         self._calls[what] += 1
-        store = KeyValue(f"{self._topic}/{what}/{call}")
+        store = self.notes(f"{what}/{call}")
         store.set(str(self.own), text)
         end, pause = time.monotonic() + self._timeout, POLL_S
         while len(said := store.all()) < self.count:
@@ -73,7 +77,7 @@ class Agreement:
             time.sleep(pause)
             pause = min(SLOWEST_POLL_S, 1.5 * pause)
         if call:  # whoever is here has read all of the call before
-            KeyValue(f"{self._topic}/{what}/{call - 1}").delete(str(self.own))
+            self.notes(f"{what}/{call - 1}").delete(str(self.own))
         return [said[str(number)] for number in range(self.count)]
 
     def from_first[T](self, what: str, make: Callable[[], T]) -> T:

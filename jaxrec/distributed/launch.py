@@ -25,6 +25,7 @@ from jaxrec.distributed.launchers import LaunchConfig, LaunchError, find_place, 
 from jaxrec.distributed.roll_call import Peer, await_service, roll_call
 from jaxrec.distributed.watch import EXIT_PREEMPTED, Watch
 
+CPU_THREADS = 32
 POLL_S = 0.02
 SLOWEST_POLL_S = 0.5
 FAR_S = 10_000  # JAX's own time-outs, which would end processes without a name
@@ -106,6 +107,9 @@ def launch(config: LaunchConfig | None = None) -> Iterator[Launched]:
     if place.process_id > 0:
         await_service(address)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # XLA's CPU client compiles on the threads on which collectives wait for other processes. With
+    # no more threads than cores all may be waiting for a process that waits for its compiler.
+    os.environ.setdefault("NPROC", str(CPU_THREADS))
     jax.config.update("jax_enable_preemption_service", False)  # takes SIGTERM away from the loop
     jax.distributed.initialize(
         place.coordinator,

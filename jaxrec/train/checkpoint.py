@@ -265,8 +265,8 @@ class CheckpointStore:
             self._manager = self._open_manager()
             if not self._read_only:
                 remove_parts(self.folder, self._manager.all_steps())
-            scores = self._read_scores()
-            return {"steps": list(self._manager.all_steps()), "scores": list(scores.items())}
+            self._steps = list(self._manager.all_steps())
+            return {"steps": self._steps, "scores": list(self._read_scores().items())}
 
         with _told():
             found = self._together.from_first("opened", first)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxrec.train.checkpoint import CheckpointError, CheckpointStore, CheckpointWarning
-from jaxrec.train.progress import Progress, RunLog, make_progress
+from jaxrec.train.progress import Log, Progress, make_log, make_progress
 from jaxrec.train.signals import StopSignals
 from jaxrec.train.step import StepMetrics, TrainState
 from jaxrec.train.utilisation import TrainingFlops, speed_figures
@@ -120,6 +120,10 @@ def run_loop(
     A resumed run ends bit-identical to one that was never stopped, as long as machine, versions
     and configuration are the same. `config` may differ: it changes no weight.
 
+    Several processes call it alike, with steps that all of them take part in. Only the first
+    writes logs and shows progress. A signal to one of them stops all after the same step, at most
+    two times `log_every` steps later.
+
     Args:
       state: the first state; donated.
       step_fn: from `make_step`.
@@ -146,7 +150,7 @@ def run_loop(
     with CheckpointStore(folder, keep=config.keep, best_metric=config.monitor) as store:
         run = _Run(store, config, full_config, batches, param_names, flops, settled)
         state = run.resume(state, allowed=resume)
-        run.log = RunLog(store.folder, run.step)
+        run.log = make_log(store.folder, run.step)
         run.progress = make_progress(run.step, config.num_steps) if progress is None else progress
         try:
             if run.step:
@@ -165,7 +169,7 @@ _now = time.monotonic
 class _Run:
     """One call of `run_loop`: where it is, and what it has to write down."""
 
-    log: RunLog
+    log: Log
     progress: Progress
 
     def __init__(
@@ -245,7 +249,7 @@ class _Run:
             if evaluating and evaluate is not None:
                 self.record(evaluate(state))
                 why = "patience" if self.out_of_patience else ""
-            why = signals.caught or why
+            why = signals.stop_after(self.step, checked=logging or saving) or why
             if saving:
                 self.save(state)
         self.check(state)

@@ -127,7 +127,7 @@ def main(port, number, folder, single):
         check_saving(folder, mesh, launched)
         check_damage(folder, mesh, launched)
         check_single(single, mesh)
-        with pytest.raises(CheckpointError, match="process 1: .* is not the folder of process 0"):
+        with pytest.raises(CheckpointError, match=r"process 1: .* is not the folder of process 0"):
             CheckpointStore(folder.with_name(f"own-{number}"))
         print("all held", flush=True)
 
