@@ -169,8 +169,8 @@ def _box(index: Sequence[slice], shape: Sequence[int]) -> list[list[int]]:
 def _assembled(name: str, leaf: Any, pieces: Sequence[tuple[list[list[int]], Path]]) -> jax.Array:
     dtype, files = jnp.dtype(leaf.dtype), {}
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        wanted = _box(index, leaf.shape)
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        wanted = _box(index or (), leaf.shape)
         values = np.empty([stop - start for start, stop in wanted], dtype)
         filled = 0
         for box, file in pieces:
