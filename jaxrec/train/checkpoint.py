@@ -20,16 +20,21 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxrec.distributed.agreement import Agreement, AgreementError
-from jaxrec.orbax_log import OrbaxLogFilter, hush_orbax, unhush_orbax
+from jaxrec.orbax_log import hush_orbax, unhush_orbax
 from jaxrec.train.checkpoint_meta import other_arrays, sealed, unsealed
-from jaxrec.train.checkpoint_parts import PARTS_FOLDER, SharedSave, read_parts, remove_parts
+from jaxrec.train.checkpoint_parts import (
+    PARTS_FOLDER,
+    STEPS_FOLDER,
+    SharedSave,
+    read_parts,
+    remove_parts,
+    set_aside,
+)
 from jaxrec.train.config_diff import check_same_config
 from jaxrec.train.fingerprint import fingerprints
-from jaxrec.train.folder_lock import LOCK_FILE, FolderInUse, lock_folder
+from jaxrec.train.folder_lock import FolderInUse, lock_for_all
+from jaxrec.train.orbax_manager import open_manager
 from jaxrec.typing import PyTree
-
-STEPS_FOLDER = "checkpoints"
-DAMAGED_FOLDER = "damaged"
 
 
 class CheckpointError(RuntimeError):
@@ -85,9 +90,7 @@ class CheckpointStore:
         self._scores: dict[int, float] = {}
         self._saving: SharedSave | None = None
         self._together = Agreement(alone=read_only)
-        self._lock: TextIO | None = None
-        self._hush: OrbaxLogFilter | None = None
-        self._take_lock()
+        self._lock = self._take_lock()
         self._hush = hush_orbax()
         try:
             self._open()
@@ -116,8 +119,7 @@ class CheckpointStore:
         """The step with the largest `best_metric`, the earliest of equals; None without any."""
         if self.best_metric is None:
             raise CheckpointError("the store was opened without best_metric, so no step is best")
-        scored = [(score, -step) for step, score in self._scores.items() if step in self.steps]
-        return -max(scored)[1] if scored else None
+        return self._best_of(self.steps)
 
     def save(
         self,
@@ -224,36 +226,19 @@ class CheckpointStore:
             self._manager.close()
             self._let_go()
 
-    def _take_lock(self) -> None:
-        """Process 0 holds the folder for all; that all see the same one is told by the lock."""
+    def _take_lock(self) -> TextIO | None:
         if self._read_only:
             if not self.folder.is_dir():
                 raise CheckpointError(f"there is no folder {self.folder}")
-            return
-        with _told():
-            token = self._together.from_first("locked", self._lock_here)
-            seen = (
-                (self.folder / LOCK_FILE).read_text() if (self.folder / LOCK_FILE).exists() else ""
-            )
-            other = "" if seen == token else f"{self.folder} is not the folder of process 0"
-            if failure := self._together.first_failure("looked", other):
-                self._let_go()
-                raise CheckpointError(f"{failure}; all processes need one that all of them see")
-
-    def _lock_here(self) -> str:
+            return None
         try:
-            self._lock = lock_folder(self.folder)
+            with _told():
+                return lock_for_all(self.folder, self._together)
         except FolderInUse as error:
-            raise CheckpointError(
-                f"{self.folder} is in use by {error}; two runs in one folder would overwrite each "
-                "other. Wait for it, stop it, or give this run another folder."
-            ) from error
-        return (self.folder / LOCK_FILE).read_text()
+            raise CheckpointError(str(error)) from error
 
     def _let_go(self) -> None:
-        if self._hush is not None:
-            unhush_orbax(self._hush)
-            self._hush = None
+        unhush_orbax(self._hush)
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -275,27 +260,9 @@ class CheckpointStore:
             self._manager = self._open_manager()
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        """Orbax's; of several processes each has its own, and only the first one's writes."""
-        folder = self.folder / STEPS_FOLDER
+        """Orbax's; of several processes only the first one's writes."""
         writing = not self._read_only and self._together.is_first
-        processes = ocp.options.MultiprocessingOptions()
-        if jax.process_count() > 1:
-            own = jax.process_index()
-            processes = ocp.options.MultiprocessingOptions(own, {own}, f"process-{own}")
-            if writing:
-                folder.mkdir(exist_ok=True)
-        options = ocp.CheckpointManagerOptions(
-            create=writing and jax.process_count() == 1,
-            read_only=not writing,
-            cleanup_tmp_directories=writing,
-            preservation_policy=_KeepNewestAndBest(self) if writing else None,
-            multiprocessing_options=processes,
-        )
-        handlers = {
-            "state": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
-            "meta": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
-        }
-        return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+        return open_manager(self.folder / STEPS_FOLDER, self._kept if writing else None)
 
     def _commit(self, step: int, meta: Mapping[str, Any]) -> list[int]:
         """Makes a step complete whose parts all processes have written; gives all steps."""
@@ -318,10 +285,12 @@ class CheckpointStore:
         )
 
     def _kept(self, steps: Sequence[int]) -> set[int]:
-        kept = set(sorted(steps)[-self._keep :])
-        if self.best_metric is not None and self.best_step is not None:
-            kept.add(self.best_step)
-        return kept
+        best = self._best_of(steps)
+        return {*sorted(steps)[-self._keep :], *([] if best is None else [best])}
+
+    def _best_of(self, steps: Sequence[int]) -> int | None:
+        scored = [(score, -step) for step, score in self._scores.items() if step in steps]
+        return -max(scored)[1] if scored else None
 
     def _note_score(self, step: int, metrics: Mapping[str, float]) -> None:
         score = metrics.get(self.best_metric) if self.best_metric is not None else None
@@ -357,7 +326,8 @@ class CheckpointStore:
         if not self._read_only:
             with _told():
                 places = self._together.from_first(
-                    "set aside", lambda: {str(step): self._set_aside(step) for step in reasons}
+                    "set aside",
+                    lambda: {str(s): f"moved to {set_aside(self.folder, s)}" for s in reasons},
                 )
             self._manager.reload()
             self._steps = [step for step in self._steps if step not in reasons]
@@ -370,19 +340,6 @@ class CheckpointStore:
             )
         for step in reasons:
             self._scores.pop(step, None)
-
-    def _set_aside(self, step: int) -> str:
-        target = self.folder / DAMAGED_FOLDER / str(step)
-        for attempt in range(1, 1000):
-            if not target.exists():
-                break
-            target = target.with_name(f"{step}-{attempt}")
-        target.parent.mkdir(exist_ok=True)
-        (self.folder / STEPS_FOLDER / str(step)).rename(target)
-        parts = self.folder / PARTS_FOLDER / str(step)
-        if parts.exists():
-            parts.rename(target / PARTS_FOLDER)
-        return f"moved to {target}"
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         try:
@@ -448,17 +405,6 @@ class CheckpointStore:
 
 class _DamagedError(CheckpointError):
     """This one checkpoint is not usable; another may be."""
-
-
-class _KeepNewestAndBest:
-    """Orbax's question which checkpoints to preserve, answered by the store."""
-
-    def __init__(self, store: CheckpointStore):
-        self.store = store
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        kept = self.store._kept([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 @contextmanager

@@ -23,7 +23,9 @@ from jaxrec.distributed.agreement import Agreement
 from jaxrec.functional import leaf_names
 from jaxrec.typing import PyTree
 
+STEPS_FOLDER = "checkpoints"
 PARTS_FOLDER = "parts"
+DAMAGED_FOLDER = "damaged"
 LIST_FILE = "pieces.json"
 
 
@@ -159,6 +161,21 @@ def remove_parts(folder: Path, steps: Sequence[int]) -> None:
     for step in parts.iterdir() if parts.is_dir() else ():
         if not step.name.isdecimal() or int(step.name) not in steps:
             shutil.rmtree(step, ignore_errors=True)
+
+
+def set_aside(folder: Path, step: int) -> Path:
+    """Moves a damaged step out of the way, with its parts; gives where it is now."""
+    target = folder / DAMAGED_FOLDER / str(step)
+    for attempt in range(1, 1000):
+        if not target.exists():
+            break
+        target = target.with_name(f"{step}-{attempt}")
+    target.parent.mkdir(exist_ok=True)
+    (folder / STEPS_FOLDER / str(step)).rename(target)
+    parts = folder / PARTS_FOLDER / str(step)
+    if parts.exists():
+        parts.rename(target / PARTS_FOLDER)
+    return target
 
 
 def _box(index: Sequence[slice], shape: Sequence[int]) -> list[list[int]]:
