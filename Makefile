@@ -40,7 +40,7 @@ gpu:  ## with a GPU and the machine's own Python packages: tests, then benchmark
 	python3 -m experiments.bench_bloom && python3 -m experiments.bench_ivf
 	python3 -m experiments.bench_codesign
 	python3 -m experiments.bench_moe && python3 -m experiments.bench_attention
-	python3 -m experiments.bench_training --record
+	python3 -m experiments.bench_training --record && python3 -m experiments.sm_tax
 
 .setup: $(UV_HOME)/ready
 	@$(UV) sync --quiet

@@ -42,6 +42,12 @@ from jaxrec.distributed.watch import EXIT_PEER_LOST as EXIT_PEER_LOST
 from jaxrec.distributed.watch import EXIT_PREEMPTED as EXIT_PREEMPTED
 from jaxrec.distributed.xla_options import UnknownOptionError as UnknownOptionError
 from jaxrec.distributed.xla_options import XlaOptions as XlaOptions
+from jaxrec.ops.collectives import UnderWay as UnderWay
+from jaxrec.ops.collectives import all_gather_start as all_gather_start
+from jaxrec.ops.collectives import all_to_all_start as all_to_all_start
+from jaxrec.ops.collectives import ppermute_start as ppermute_start
+from jaxrec.ops.collectives import psum_scatter_start as psum_scatter_start
+from jaxrec.ops.collectives import psum_start as psum_start
 from jaxrec.ops.row_optimizers import RowAdagrad as RowAdagrad
 from jaxrec.ops.row_optimizers import RowAdam as RowAdam
 from jaxrec.ops.row_optimizers import RowSGD as RowSGD

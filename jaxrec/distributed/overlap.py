@@ -24,6 +24,8 @@ COLLECTIVES = (
 _ITEM_BYTES = {"pred": 1.0, "s4": 0.5, "u4": 0.5, "bf16": 2.0, "c64": 8.0, "c128": 16.0}
 _ARRAY = re.compile(r"([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = ")
+_LAYOUT = re.compile(r"\{[^{}]*\}")
+_SYMMETRIC = "S(1)"  # XLA's number of the memory for collectives
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
@@ -71,6 +73,8 @@ class Collective:
       result: its type.
       num_bytes: of the result.
       group_size: devices that take part; 0 if the program does not say.
+      symmetric: whether what is sent and what is received are in symmetric memory, as copy engines
+        need it.
     """
 
     name: str
@@ -80,6 +84,7 @@ class Collective:
     result: str
     num_bytes: float
     group_size: int = 0
+    symmetric: bool = False
 
     @property
     def sent_bytes(self) -> float:
@@ -122,7 +127,7 @@ class Schedule:
                 collectives.append(
                     Collective(
                         name, kind, places[name], places[last], _short(result),
-                        _num_bytes(result), _group_size(own.rest),
+                        _num_bytes(result), _group_size(own.rest), _in_symmetric_memory(own.type),
                     )
                 )  # fmt: skip
             elif (work := flops.of(own, lines)) is not None:
@@ -245,7 +250,12 @@ def _operands(rest: str) -> list[str]:
 
 def _short(type_: str) -> str:
     """A type without its layout."""
-    return re.sub(r"\{[^}]*\}", "", type_)
+    return _LAYOUT.sub("", type_)
+
+
+def _in_symmetric_memory(type_: str) -> bool:
+    layouts = _LAYOUT.findall(type_)
+    return bool(layouts) and all(_SYMMETRIC in layout for layout in layouts)
 
 
 def _arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:

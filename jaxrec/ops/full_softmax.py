@@ -98,17 +98,20 @@ def in_chunks(x: jax.Array, num_chunks: int, size: int) -> jax.Array:
 def _one_pass(
     hidden: jax.Array, table: jax.Array, target_ids: jax.Array, max_logits: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The loss, and its gradients by hidden and table."""
-    num_rows, num_items = hidden.shape[0], table.shape[0]
-    num_chunks = max(1, -(-num_rows // (max_logits // num_items)))
+    """The loss, and its gradients by hidden and table.
+
+    The padding row is left out rather than masked, and the table's gradient summed transposed: a
+    pass less over all logits, and products that need no transposed copies of them.
+    """
+    num_rows, num_items = hidden.shape[0], table.shape[0] - 1
+    num_chunks = max(1, -(-num_rows // (max_logits // max(num_items, 1))))
     chunk = max(1, -(-num_rows // num_chunks))
-    weight, items = _weights(target_ids), table.astype(hidden.dtype)
-    is_item = jnp.arange(num_items) != PADDING_ID
+    weight, items = _weights(target_ids), table[PADDING_ID + 1 :].astype(hidden.dtype)
 
     def one_chunk(carry, rows_and_weights):
         loss, dtable = carry
         h, weight = rows_and_weights
-        logits = jnp.where(is_item, _dot("md,vd->mv", h, items), NEVER)
+        logits = _dot("md,vd->mv", h, items)
         peak = logits.max(axis=1)
         exps = jnp.exp(logits - peak[:, None])
         total = exps.sum(axis=1)
@@ -116,15 +119,16 @@ def _one_pass(
         # The row factor goes to the small operands: one pass less over all logits.
         factor, exps = (weight / total)[:, None], exps.astype(h.dtype)
         dh = _dot("mv,vd->md", exps, items) * factor
-        dtable += _dot("mv,md->vd", exps, (h * factor).astype(h.dtype))
+        dtable += _dot("md,mv->dv", (h * factor).astype(h.dtype), exps)
         return (loss, dtable), dh
 
-    init = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
+    init = (jnp.zeros((), jnp.float32), jnp.zeros(items.shape[::-1], jnp.float32))
     chunks = tuple(in_chunks(x, num_chunks, chunk) for x in (hidden, weight))
     (loss, dtable), dhidden = lax.scan(one_chunk, init, chunks)
     target_rows = _target_rows(hidden, table, target_ids)
     loss -= (weight * _dot("md,md->m", hidden, target_rows)).sum()
     dhidden = dhidden.reshape(-1, hidden.shape[1])[:num_rows] - weight[:, None] * target_rows
+    dtable = jnp.pad(dtable.T, ((1, 0), (0, 0)))
     dtable = dtable.at[target_ids].add(-weight[:, None] * hidden)
     return loss, dhidden.astype(hidden.dtype), dtable.astype(table.dtype)
 

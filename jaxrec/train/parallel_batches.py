@@ -152,7 +152,7 @@ class StepInput(NamedTuple):
     following: PreparedBatch | None
 
     @property
-    def item_ids(self) -> Int32[Array, "W T"]:
+    def item_ids(self) -> Int32[Array | np.ndarray, "W T"]:
         """Token slots of all devices."""
         return self.batch.ranks.batch.item_ids
 

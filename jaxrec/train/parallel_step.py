@@ -67,7 +67,9 @@ def make_prepare(
 
     def on_each_rank(number: Array, batch: JaggedBatch, sampler: Sampler) -> tuple[Array, Any]:
         batch = jax.tree.map(lambda x: x[0], batch)
-        key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl="rbg"), number)
+        key = jax.random.fold_in(
+            jax.random.wrap_key_data(jnp.asarray(key_data), impl="rbg"), number
+        )
         dropout_key, negatives_key = jax.random.split(key)
         dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis))
         drawn, _ = draw_negatives(
@@ -141,9 +143,13 @@ def dense_optimizer(optimizer: RowWise) -> optax.GradientTransformation:
     others, clip_norm = optimizer.others, optimizer.clip_norm
     if clip_norm is None:
         return others
-    return optax.GradientTransformation(
-        others.init, lambda grads, *state: others.update(clipped(grads, clip_norm), *state)
-    )
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        return others.update(clipped(updates, clip_norm), state, params)
+
+    return optax.GradientTransformation(others.init, update)
 
 
 class ParallelStep:

@@ -198,9 +198,11 @@ def _train_parallel(
     )
 
     def as_one_device_has(result: LoopResult) -> LoopResult:
-        state = run.gathered(result.state)
-        best = state if result.best_state is result.state else run.gathered(result.best_state)
-        return result._replace(state=state, best_state=best)
+        last: Any = result.state
+        best: Any = result.best_state
+        gathered = run.gathered(last)
+        found = gathered if best is last else run.gathered(best)
+        return result._replace(state=gathered, best_state=found)
 
     global_batches = -(-batches.num_batches_per_epoch // parallel.num_sources)
     with closing(run.batches) as iterator:

@@ -20,7 +20,7 @@ TEXT = """HloModule m, is_scheduled=true, entry_computation_layout={(f32[2]{0})-
 
 ENTRY %main (a: bf16[1000,64]) -> f32[2] {
   %a = bf16[1000,64]{1,0} parameter(0)
-  %all-to-all-start = ((f32[4,10]{1,0}), f32[4,10]{1,0}) all-to-all-start(%a), replica_groups={{0,1,2,3}}, dimensions={0}
+  %all-to-all-start = ((f32[4,10]{1,0:S(1)}), f32[4,10]{1,0:S(1)}) all-to-all-start(%a), replica_groups={{0,1,2,3}}, dimensions={0}
   %all-reduce-start.1 = bf16[50]{0} all-reduce-start(%a), replica_groups=[1,2]<=[2], to_apply=%plain
   %product = bf16[1000,32]{1,0} fusion(%a), kind=kCustom, calls=%inner
   %sum = f32[8]{0} fusion(%a), kind=kLoop, calls=%plain
@@ -57,6 +57,7 @@ def test_collectives_and_what_they_send(schedule):
     assert (reduced.kind, reduced.sent_bytes) == ("all-reduce", 100 / 2 * 2)
     assert waiting.start == waiting.done, "synchronous"
     assert waiting.group_size == 4
+    assert [c.symmetric for c in schedule.collectives] == [True, False, False]
     assert [p.name for p in schedule.beside(asynchronous)] == ["product"]
     assert [p.name for p in schedule.beside(reduced)] == ["product", "gemm"]
     assert schedule.beside(waiting) == (), "nothing beside it is seen"
