@@ -397,6 +397,7 @@ def main(config: Faults) -> None:
         return
     from rich.progress import Progress
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and its jobs with it
     chance, started = random.Random(config.seed), time.monotonic()
     shutil.rmtree(config.folder, ignore_errors=True)
     config.folder.mkdir(parents=True)

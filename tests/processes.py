@@ -24,16 +24,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def python(program: Path, *arguments: object) -> list[object]:
+    return [sys.executable, program, *arguments]
+
+
 @contextmanager
-def started(program: Path, arguments: Sequence[Sequence[object]]) -> Iterator[list]:
-    """One process for each list of arguments; all are killed at the end."""
+def started(calls: Sequence[Sequence[object]]) -> Iterator[list]:
+    """One process for each call; all are killed at the end."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(program), *map(str, own)], env=environment, text=True,
+            [*map(str, call)], env=environment, text=True, cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        for own in arguments
+        for call in calls
     ]  # fmt: skip
     try:
         yield processes

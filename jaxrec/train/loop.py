@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxrec.distributed.agreement import Agreement
 from jaxrec.train.checkpoint import CheckpointError, CheckpointStore, CheckpointWarning
 from jaxrec.train.progress import Log, Progress, make_log, make_progress
 from jaxrec.train.signals import StopSignals
@@ -191,6 +192,7 @@ class _Run:
         self.in_flight: list[tuple[int, StepMetrics]] = []
         self.window: list[dict[str, Any]] = []
         self.shapes: set[tuple[tuple[int, ...], ...]] = set()
+        self.together = Agreement()
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -336,7 +338,8 @@ class _Run:
         monitor = self.config.monitor
         if monitor not in metrics:
             raise ValueError(f"monitor {monitor!r} is not among the metrics {sorted(metrics)}")
-        metrics = {name: float(value) for name, value in metrics.items()}
+        figures = {name: float(value) for name, value in metrics.items()}
+        metrics = self.together.from_first("evaluated", lambda: figures)  # all decide alike
         if math.isnan(metrics[monitor]):
             raise NonFiniteError(f"step {self.step}: the evaluation's {monitor!r} is NaN")
         self.history.append({"step": self.step, **metrics})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ended, free_port, started
+from processes import ended, free_port, python, started
 
 from jaxrec.distributed import EXIT_PEER_LOST, EXIT_PREEMPTED, LaunchConfig, LaunchError, launch
 from jaxrec.distributed.launchers import Place
@@ -82,8 +82,7 @@ def test_one_process_is_joined_to_nobody():
 
 def run(event, victim):
     port = free_port()
-    arguments = [(port, 2, number, event, victim) for number in range(2)]
-    return started(WORKER, arguments)
+    return started([python(WORKER, port, 2, number, event, victim) for number in range(2)])
 
 
 @pytest.mark.slow

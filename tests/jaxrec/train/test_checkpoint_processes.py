@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_worker import assert_same, placed
-from processes import ended, free_port, started
+from processes import ended, free_port, python, started
 
 from jaxrec.sharding import make_mesh
 from jaxrec.train import CheckpointStore
@@ -19,7 +19,8 @@ def test_two_processes_save_restore_and_fail_as_one(tmp_path):
     with CheckpointStore(single) as store:
         store.save(7, placed(7, mesh), iterator_state={}, config={})
     port = free_port()
-    with started(WORKER, [(port, number, folder, single) for number in range(2)]) as processes:
+    calls = [python(WORKER, port, number, folder, single) for number in range(2)]
+    with started(calls) as processes:
         results = [ended(process) for process in processes]
     for result in results:
         assert "all held" in result.out, result.errors

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from processes import ended, free_port, started
+from processes import ended, free_port, python, started
 
 from jaxrec.distributed import EXIT_PREEMPTED
 from jaxrec.train import read_log
@@ -14,7 +14,7 @@ WORKER = Path(__file__).parent / "stop_worker.py"
 @pytest.mark.slow
 def test_one_signal_stops_all_after_the_same_step(tmp_path):
     port = free_port()
-    with started(WORKER, [(port, number, tmp_path) for number in range(2)]) as processes:
+    with started([python(WORKER, port, number, tmp_path) for number in range(2)]) as processes:
         results = [ended(process, timeout=250) for process in processes]
     for result in results:
         assert result.code == EXIT_PREEMPTED, result.errors
