@@ -9,8 +9,7 @@ two runs never share a folder. Of several processes each writes its pieces of th
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast
@@ -19,8 +18,15 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxrec.distributed.agreement import Agreement, AgreementError
+from jaxrec.distributed.agreement import Agreement
 from jaxrec.orbax_log import hush_orbax, unhush_orbax
+from jaxrec.train.checkpoint_errors import (
+    CheckpointError,
+    CheckpointWarning,
+    DamagedError,
+    first_line,
+    told_by_others,
+)
 from jaxrec.train.checkpoint_meta import other_arrays, sealed, unsealed
 from jaxrec.train.checkpoint_parts import (
     PARTS_FOLDER,
@@ -35,14 +41,6 @@ from jaxrec.train.fingerprint import fingerprints
 from jaxrec.train.folder_lock import FolderInUse, lock_for_all
 from jaxrec.train.orbax_manager import open_manager
 from jaxrec.typing import PyTree
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message says which and what to do."""
-
-
-class CheckpointWarning(UserWarning):
-    """A damaged checkpoint was passed over, or a save failed and training went on."""
 
 
 class Restored(NamedTuple):
@@ -207,7 +205,7 @@ class CheckpointStore:
         for candidate in self._candidates(step):
             try:
                 restored = self._read(candidate, abstract_state, config, may_differ)
-            except _DamagedError as error:
+            except DamagedError as error:
                 reasons[candidate] = str(error)
                 continue
             self._pass_over(reasons, candidate)
@@ -232,7 +230,7 @@ class CheckpointStore:
                 raise CheckpointError(f"there is no folder {self.folder}")
             return None
         try:
-            with _told():
+            with told_by_others():
                 return lock_for_all(self.folder, self._together)
         except FolderInUse as error:
             raise CheckpointError(str(error)) from error
@@ -253,7 +251,7 @@ class CheckpointStore:
             self._steps = list(self._manager.all_steps())
             return {"steps": self._steps, "scores": list(self._read_scores().items())}
 
-        with _told():
+        with told_by_others():
             found = self._together.from_first("opened", first)
         self._steps, self._scores = found["steps"], dict(found["scores"])
         if not self._together.is_first:
@@ -275,11 +273,11 @@ class CheckpointStore:
 
     def _recover(self, error: Exception) -> CheckpointError:
         """Starts Orbax anew, which lists what is on disk and removes what is half written."""
-        with _told():
+        with told_by_others():
             self._open()
         free = shutil.disk_usage(self.folder).free
         return CheckpointError(
-            f"a checkpoint could not be written to {self.folder}: {_first_line(error)}. Complete "
+            f"a checkpoint could not be written to {self.folder}: {first_line(error)}. Complete "
             f"checkpoints are untouched (steps {self.steps}); {free / 1e6:.0f} MB are free there. "
             "Make room or give another folder; the state in memory is unharmed."
         )
@@ -303,7 +301,7 @@ class CheckpointStore:
         for step in self.steps if self.best_metric is not None else ():
             try:
                 self._note_score(step, self._read_meta(step)["metrics"])
-            except _DamagedError:
+            except DamagedError:
                 continue
         return self._scores
 
@@ -324,7 +322,7 @@ class CheckpointStore:
             return
         places = {str(step): "left where it is" for step in reasons}
         if not self._read_only:
-            with _told():
+            with told_by_others():
                 places = self._together.from_first(
                     "set aside",
                     lambda: {str(s): f"moved to {set_aside(self.folder, s)}" for s in reasons},
@@ -348,9 +346,9 @@ class CheckpointStore:
             )
             meta = unsealed(restored["meta"])
         except Exception as error:
-            raise _DamagedError(f"its meta data cannot be read: {_first_line(error)}") from error
+            raise DamagedError(f"its meta data cannot be read: {first_line(error)}") from error
         if meta is None:
-            raise _DamagedError("its meta data do not have the checksum they were saved with")
+            raise DamagedError("its meta data do not have the checksum they were saved with")
         return meta
 
     def _read_arrays(self, step: int, meta: Mapping[str, Any], abstract_state: PyTree) -> PyTree:
@@ -362,19 +360,19 @@ class CheckpointStore:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             return self._manager.restore(step, args=args)["state"]
         except Exception as error:
-            raise _DamagedError(f"its arrays cannot be read: {_first_line(error)}") from error
+            raise DamagedError(f"its arrays cannot be read: {first_line(error)}") from error
 
     def _in_all[T](self, what: str, read: Callable[[], T]) -> T:
         """What is read, or an error in all processes if it is damaged for one."""
         value, failure = None, ""
         try:
             value = read()
-        except _DamagedError as error:
+        except DamagedError as error:
             failure = str(error)
-        with _told():
+        with told_by_others():
             failure = self._together.first_failure(what, failure)
         if failure:
-            raise _DamagedError(failure)
+            raise DamagedError(failure)
         return cast(T, value)
 
     def _read(
@@ -397,24 +395,7 @@ class CheckpointStore:
         read = fingerprints(state)
         wrong = [name for name, saved in meta["arrays"].items() if read[name] != saved]
         if wrong:
-            raise _DamagedError(f"{', '.join(wrong[:5])} differ from what was saved")
+            raise DamagedError(f"{', '.join(wrong[:5])} differ from what was saved")
         return Restored(
             step, state, meta["iterator"], meta["config"], meta["metrics"], meta["progress"]
         )
-
-
-class _DamagedError(CheckpointError):
-    """This one checkpoint is not usable; another may be."""
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """What another process could not do is a checkpoint's error here."""
-    try:
-        yield
-    except AgreementError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]

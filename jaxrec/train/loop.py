@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from jaxrec.distributed.agreement import Agreement
-from jaxrec.train.checkpoint import CheckpointError, CheckpointStore, CheckpointWarning
+from jaxrec.train.checkpoint import CheckpointStore
+from jaxrec.train.checkpoint_errors import CheckpointError, CheckpointWarning
 from jaxrec.train.progress import Log, Progress, make_log, make_progress
 from jaxrec.train.signals import StopSignals
 from jaxrec.train.step import StepMetrics, TrainState
