@@ -440,8 +440,63 @@ def balance_speedup_section_markdown() -> str:
     )
 
 
+FAULTS = {
+    "kill": "SIGKILL of a random process at a random moment",
+    "lost_coordinator": "SIGKILL of process 0, where all meet",
+    "short_stop": "SIGSTOP for half the time-out",
+    "long_stop": "SIGSTOP for longer",
+    "full_disk": "one process may write no file (RLIMIT_FSIZE)",
+    "preempt": "SIGTERM to one process",
+    "corrupt_shard": "a byte of the newest checkpoint altered",
+    "elastic": "finished by one process with all the devices",
+    "fewer_devices": "finished by one process with its own devices alone",
+}
+
+
+def fault_rows(measurements: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """One row a fault: how often, how soon all processes had ended, what became of the weights."""
+    rows = []
+    for fault, what in FAULTS.items():
+        own = [m for m in measurements if m["workload"] == fault]
+        if not own:
+            continue
+        seconds = sorted(s for m in own for s in m["seconds until all had ended"])
+        ended = f"{seconds[len(seconds) // 2]:.1f} ({seconds[-1]:.1f})" if seconds else "-"
+        error = max(m["value"] for m in own)
+        rows.append(
+            {
+                "fault": what,
+                "times": str(max(len(seconds), len(own))),
+                "s until all had ended: median (max)": ended,
+                "final weights": "the same bits" if error == 0 else f"within {error:.0e}",
+            }
+        )
+    return rows
+
+
+def faults_section_markdown() -> str:
+    """README's table of faults, from the newest result."""
+    from experiments import record
+
+    newest = {result["command"]: result for result in record.read_all("faults")}
+    if not newest:
+        return "Nothing recorded yet."
+    result = list(newest.values())[-1]
+    config = result["config"]
+    seen = [m for run in newest.values() for m in run["measurements"]]
+    commands = " and ".join(f"`{command}`" for command in newest)
+    return (
+        f"{table_markdown(fault_rows(seen))}\n\n"
+        f"{commands}: {config['processes']} processes of {config['devices']} CPU devices, time-out "
+        f"{config['heartbeat']:g} s (jax {result['env']['jax']}). After a fault that ends the job "
+        "the others have named the lost process, and the same command goes on from the last "
+        "checkpoint; weights and moments are compared with those of a job without faults."
+    )
+
+
 SECTIONS = {
     "balance_speedup": balance_speedup_section_markdown,
+    "faults": faults_section_markdown,
     "bench_retrieval": retrieval_section_markdown,
     "train_sequence": accuracy_section_markdown,
     "overarch": overarch_section_markdown,

@@ -3,17 +3,19 @@
     python -m experiments.train_sequence beauty-hstu
     python -m experiments.train_sequence beauty-best --seeds 0 1 2
     python -m experiments.train_sequence --list
+    srun python -m experiments.train_sequence beauty-hstu --distributed
 
-Every seed has a folder of its own under `--folder`; stopped, the same command goes on. On two CPU
-cores an epoch of Beauty takes about 6 s; the results say how long whole runs took.
+Every seed has a folder of its own under `--folder`; stopped (exit code 75), the same command goes
+on. On two CPU cores an epoch of Beauty takes about 6 s; the results say how long whole runs took.
 """
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import tyro
 
@@ -21,8 +23,12 @@ from experiments import record, report
 from experiments.settings import find, names
 from experiments.settings.base import Setting, build_model, load_split
 from jaxrec.data import Dataset, Split, item_counts
+from jaxrec.distributed import EXIT_PREEMPTED, BalanceConfig, LaunchConfig, launch
 from jaxrec.ops.metrics import ranking_metrics
+from jaxrec.sharding import make_mesh
 from jaxrec.train import (
+    LossConfig,
+    ParallelConfig,
     evaluate_ranking,
     make_rank_fn,
     popularity_ranks,
@@ -49,6 +55,11 @@ class TrainSequence:
       results: where the result is recorded.
       scratch: records the result of a source tree with uncommitted changes, marked as such.
       list: prints the names of the settings.
+      distributed: trains over all devices of the processes that were started together; the first
+        one prints and records.
+      sources: of a distributed run; each gives a part of the setting's batch. A multiple of the
+        devices, also of those that the run may move to.
+      launch: how the processes find each other; from Slurm, MPI or Kubernetes by itself.
     """
 
     setting: tyro.conf.Positional[str] = ""
@@ -59,19 +70,56 @@ class TrainSequence:
     num_epochs: int | None = None
     scratch: bool = False
     list: Annotated[bool, tyro.conf.arg(name="list")] = False
+    distributed: bool = False
+    sources: int = 8
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+def over_devices(setting: Setting, sources: int) -> Setting:
+    """The setting as many devices train it: the same items and tokens in a batch of all sources.
+
+    Averaged weights and the full softmax, for which every device would need every row in every
+    step, are left out: the softmax is sampled.
+    """
+    whole = setting.train
+    loss = whole.loss
+    if loss.name == "full":
+        loss = LossConfig("sampled", num_negatives=512, negatives="popularity")
+    if whole.token_budget // sources < setting.model.max_len:
+        raise ValueError(
+            f"a batch of {whole.token_budget} tokens in {sources} sources leaves less than a "
+            f"sequence of {setting.model.max_len} to each; choose fewer --sources"
+        )
+    optimizer = replace(whole.optimizer, rows=whole.optimizer.rows or "adam")
+    part = replace(
+        whole,
+        loss=loss,
+        optimizer=optimizer,
+        token_budget=whole.token_budget // sources,
+        max_sequences=max(1, whole.max_sequences // sources),
+        token_buckets=None,
+        ema_decay=None,
+    )
+    return replace(setting, train=part)
 
 
 def run_seed(
-    setting: Setting, dataset: Dataset, split: Split, folder: Path, seed: int
+    setting: Setting,
+    dataset: Dataset,
+    split: Split,
+    folder: Path,
+    seed: int,
+    parallel: dict[str, Any],
 ) -> dict[str, float]:
     """Trains one seed and evaluates its best step on the test users."""
     model = build_model(setting, dataset, split, seed=seed)
     config = replace(setting.train, seed=seed)
     started = time.monotonic()
     resumed = (folder / "checkpoints").exists()
-    result = train(model, split, config=config, folder=folder)
+    result = train(model, split, config=config, folder=folder, **parallel)
     if result.stopped_because.startswith("SIG"):
-        sys.exit(f"stopped by {result.stopped_because}; the same command goes on from here")
+        print(f"stopped by {result.stopped_because}; the same command goes on", file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
     minutes = (time.monotonic() - started) / 60
     metrics = evaluate_ranking(
         make_rank_fn(model), result.best_state.eval_params, split.test, max_len=model.config.max_len
@@ -158,25 +206,49 @@ def main(config: TrainSequence) -> None:
     """Trains all seeds, records and shows them."""
     if config.list or not config.setting:
         print("\n".join(names()))
-        return
-    setting = find(config.setting)
+    elif config.distributed:
+        with launch(config.launch) as launched:
+            if launched.is_first:
+                told = f"{launched.num_processes} processes, told by {launched.found}"
+                print(f"{told}; {jax.device_count()} devices")
+            parallel = ParallelConfig(config.sources, balance=BalanceConfig(), prioritized=True)
+            mesh = make_mesh({parallel.axis: jax.device_count()})
+            setting = over_devices(find(config.setting), config.sources)
+            run(config, setting, {"parallel": parallel, "mesh": mesh}, recording=launched.is_first)
+    else:
+        run(config, find(config.setting), {}, recording=True)
+
+
+def run(
+    config: TrainSequence, setting: Setting, parallel: dict[str, Any], *, recording: bool
+) -> None:
+    """Trains all seeds; records and shows them, if this process is to."""
     use_compile_cache(config.folder / "compiled")
     if config.num_epochs is not None:
         setting = replace(setting, train=replace(setting.train, num_epochs=config.num_epochs))
     dataset, split = load_split(config.data or setting.data, min_count=setting.min_count)
-    print(f"{config.setting}: {len(split.train):,} users, {split.train.num_items:,} items")
+    if recording:
+        print(f"{config.setting}: {len(split.train):,} users, {split.train.num_items:,} items")
     started = time.monotonic()
-    folders = {seed: config.folder / config.setting / f"seed-{seed}" for seed in config.seeds}
-    runs = [run_seed(setting, dataset, split, folders[seed], seed) for seed in config.seeds]
+    name = f"{config.setting}-distributed" if parallel else config.setting
+    folders = {seed: config.folder / name / f"seed-{seed}" for seed in config.seeds}
+    runs = [
+        run_seed(setting, dataset, split, folders[seed], seed, parallel) for seed in config.seeds
+    ]
+    if not recording:
+        return
     moe = setting.model.moe
     routed = config.seeds if moe is not None and moe.num_experts > 1 else ()
-    routers = [row for seed in routed for row in router_series(folders[seed], config.setting, seed)]
+    routers = [row for seed in routed for row in router_series(folders[seed], name, seed)]
     popular = ranking_metrics(popularity_ranks(item_counts(split.train), split.test))
     model = build_model(setting, dataset, split, seed=0)
+    over = {}
+    if parallel:
+        over = {"processes": jax.process_count(), "parallel": asdict(parallel["parallel"])}
     path = record.write(
         "train_sequence",
-        config={"setting": config.setting, **run_config(model, setting.train)},
-        measurements=measurements(runs, config.setting) + routers,
+        config={"setting": name, **run_config(model, setting.train)} | over,
+        measurements=measurements(runs, name) + routers,
         checks={"popularity hr@10": popular["hr@10"], "popularity ndcg@10": popular["ndcg@10"]},
         seeds=config.seeds,
         data=record.describe_data((config.data or setting.data).name, *dataset.files),

@@ -11,6 +11,10 @@ from jaxrec.distributed.id_maps import IdMap as IdMap
 from jaxrec.distributed.id_maps import hash_ids as hash_ids
 from jaxrec.distributed.late_exchange import LATE as LATE
 from jaxrec.distributed.late_exchange import Traffic as Traffic
+from jaxrec.distributed.launch import Launched as Launched
+from jaxrec.distributed.launch import launch as launch
+from jaxrec.distributed.launchers import LaunchConfig as LaunchConfig
+from jaxrec.distributed.launchers import LaunchError as LaunchError
 from jaxrec.distributed.overlap import Collective as Collective
 from jaxrec.distributed.overlap import Machine as Machine
 from jaxrec.distributed.overlap import Product as Product
@@ -34,6 +38,8 @@ from jaxrec.distributed.sharded_step import make_sharded_step as make_sharded_st
 from jaxrec.distributed.tables import EmbeddingTable as EmbeddingTable
 from jaxrec.distributed.transport import InProcess as InProcess
 from jaxrec.distributed.transport import OverMesh as OverMesh
+from jaxrec.distributed.watch import EXIT_PEER_LOST as EXIT_PEER_LOST
+from jaxrec.distributed.watch import EXIT_PREEMPTED as EXIT_PREEMPTED
 from jaxrec.distributed.xla_options import UnknownOptionError as UnknownOptionError
 from jaxrec.distributed.xla_options import XlaOptions as XlaOptions
 from jaxrec.ops.collectives import UnderWay as UnderWay

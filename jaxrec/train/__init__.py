@@ -1,10 +1,10 @@
 """Training: the step, the loop around it, evaluation and checkpoints."""
 
 from jaxrec.functional import with_params as with_params
-from jaxrec.train.checkpoint import CheckpointError as CheckpointError
 from jaxrec.train.checkpoint import CheckpointStore as CheckpointStore
-from jaxrec.train.checkpoint import CheckpointWarning as CheckpointWarning
 from jaxrec.train.checkpoint import Restored as Restored
+from jaxrec.train.checkpoint_errors import CheckpointError as CheckpointError
+from jaxrec.train.checkpoint_errors import CheckpointWarning as CheckpointWarning
 from jaxrec.train.compile_cache import use_compile_cache as use_compile_cache
 from jaxrec.train.config_diff import ConfigMismatch as ConfigMismatch
 from jaxrec.train.evaluate import evaluate_ranking as evaluate_ranking

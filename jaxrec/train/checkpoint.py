@@ -2,39 +2,45 @@
 
 Orbax writes them. Added here: checksums, so that a damaged checkpoint is noticed and the one
 before it used; the comparison of configurations; recovery from a failed save; and a lock, so that
-two runs never share a folder.
+two runs never share a folder. Of several processes each writes its pieces of the arrays (see
+`checkpoint_parts`), and Orbax, in process 0, the rest.
 """
 
-import json
 import math
 import shutil
 import warnings
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, cast
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxrec.functional import leaf_names
+from jaxrec.distributed.agreement import Agreement
 from jaxrec.orbax_log import hush_orbax, unhush_orbax
+from jaxrec.train.checkpoint_errors import (
+    CheckpointError,
+    CheckpointWarning,
+    DamagedError,
+    first_line,
+    told_by_others,
+)
+from jaxrec.train.checkpoint_meta import other_arrays, sealed, unsealed
+from jaxrec.train.checkpoint_parts import (
+    PARTS_FOLDER,
+    STEPS_FOLDER,
+    SharedSave,
+    read_parts,
+    remove_parts,
+    set_aside,
+)
 from jaxrec.train.config_diff import check_same_config
 from jaxrec.train.fingerprint import fingerprints
-from jaxrec.train.folder_lock import FolderInUse, lock_folder
+from jaxrec.train.folder_lock import FolderInUse, lock_for_all
+from jaxrec.train.orbax_manager import open_manager
 from jaxrec.typing import PyTree
-
-STEPS_FOLDER = "checkpoints"
-DAMAGED_FOLDER = "damaged"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message says which and what to do."""
-
-
-class CheckpointWarning(UserWarning):
-    """A damaged checkpoint was passed over, or a save failed and training went on."""
 
 
 class Restored(NamedTuple):
@@ -51,12 +57,16 @@ class Restored(NamedTuple):
 class CheckpointStore:
     """The checkpoints of one run, in `folder/checkpoints/<step>`; holds the folder's lock.
 
+    Of several processes all make the store and call `save`, `wait`, `restore` and `close` in the
+    same order, on one folder that all see. What fails in one of them fails in all. A checkpoint is
+    read again by any number of processes and devices.
+
     Args:
       folder: of the run; made if absent.
       keep: newest checkpoints kept, at least 1.
       best_metric: the checkpoint with the largest is kept too (the earliest of equals); None
         keeps only the newest.
-      read_only: takes no lock and writes nothing.
+      read_only: takes no lock and writes nothing; each process for itself.
 
     Raises:
       CheckpointError: another live process uses the folder, or (read_only) it does not exist.
@@ -76,11 +86,12 @@ class CheckpointStore:
         self.best_metric = best_metric
         self._keep, self._read_only = keep, read_only
         self._scores: dict[int, float] = {}
+        self._saving: SharedSave | None = None
+        self._together = Agreement(alone=read_only)
         self._lock = self._take_lock()
         self._hush = hush_orbax()
         try:
-            self._manager = self._open_manager()
-            self._scores = self._read_scores()
+            self._open()
         except BaseException:
             self._let_go()
             raise
@@ -99,15 +110,14 @@ class CheckpointStore:
     @property
     def steps(self) -> list[int]:
         """Steps with a checkpoint, one being written included, oldest first."""
-        return sorted(self._manager.all_steps())
+        return sorted(self._manager.all_steps() if self._together.alone else self._steps)
 
     @property
     def best_step(self) -> int | None:
         """The step with the largest `best_metric`, the earliest of equals; None without any."""
         if self.best_metric is None:
             raise CheckpointError("the store was opened without best_metric, so no step is best")
-        scored = [(score, -step) for step, score in self._scores.items() if step in self.steps]
-        return -max(scored)[1] if scored else None
+        return self._best_of(self.steps)
 
     def save(
         self,
@@ -133,26 +143,37 @@ class CheckpointStore:
             warnings.warn(f"the save before this one failed: {error}", CheckpointWarning, 2)
         if step in self.steps:
             raise CheckpointError(f"{self.folder} already holds a checkpoint of step {step}")
-        meta = _sealed(
-            iterator=iterator_state,
-            config=config,
-            metrics=metrics or {},
-            progress=progress or {},
-            arrays=fingerprints(state),
-        )
+        meta = {
+            "iterator": iterator_state,
+            "config": config,
+            "metrics": metrics or {},
+            "progress": progress or {},
+            "arrays": fingerprints(state),
+        }
+        self._note_score(step, meta["metrics"])
+        if not self._together.alone:
+            meta = sealed(**meta, parts=self._together.count)
+            parts = self.folder / PARTS_FOLDER / str(step)
+            commit = partial(self._commit, step, meta)
+            self._saving = SharedSave(self._together, parts, state, commit)
+            return
         if jax.default_backend() == "cpu":  # there a "host copy" would be the donated buffer
             state = jax.tree.map(jnp.copy, state)
-        self._note_score(step, meta["metrics"])
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(sealed(**meta))}
         try:
-            self._manager.save(step, args=args, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
             raise self._recover(error) from error
 
     def wait(self) -> None:
         """Blocks until the save under way is complete; raises `CheckpointError` if it failed."""
+        saving, self._saving = self._saving, None
         try:
             self._manager.wait_until_finished()
+            if saving is not None:
+                self._steps = saving.wait()
+                if not self._together.is_first:
+                    self._manager.reload()
         except Exception as error:
             raise self._recover(error) from error
 
@@ -184,7 +205,7 @@ class CheckpointStore:
         for candidate in self._candidates(step):
             try:
                 restored = self._read(candidate, abstract_state, config, may_differ)
-            except _DamagedError as error:
+            except DamagedError as error:
                 reasons[candidate] = str(error)
                 continue
             self._pass_over(reasons, candidate)
@@ -208,15 +229,11 @@ class CheckpointStore:
             if not self.folder.is_dir():
                 raise CheckpointError(f"there is no folder {self.folder}")
             return None
-        if jax.process_index() != 0:  # the first process of a run holds it for all
-            return None
         try:
-            return lock_folder(self.folder)
+            with told_by_others():
+                return lock_for_all(self.folder, self._together)
         except FolderInUse as error:
-            raise CheckpointError(
-                f"{self.folder} is in use by {error}; two runs in one folder would overwrite each "
-                "other. Wait for it, stop it, or give this run another folder."
-            ) from error
+            raise CheckpointError(str(error)) from error
 
     def _let_go(self) -> None:
         unhush_orbax(self._hush)
@@ -224,37 +241,54 @@ class CheckpointStore:
             self._lock.close()
             self._lock = None
 
+    def _open(self) -> None:
+        """Opens what is there, process 0 first, which clears away what is half written."""
+
+        def first() -> dict[str, Any]:
+            self._manager = self._open_manager()
+            if not self._read_only:
+                remove_parts(self.folder, self._manager.all_steps())
+            self._steps = list(self._manager.all_steps())
+            return {"steps": self._steps, "scores": list(self._read_scores().items())}
+
+        with told_by_others():
+            found = self._together.from_first("opened", first)
+        self._steps, self._scores = found["steps"], dict(found["scores"])
+        if not self._together.is_first:
+            self._manager = self._open_manager()
+
     def _open_manager(self) -> ocp.CheckpointManager:
-        writing = not self._read_only
-        options = ocp.CheckpointManagerOptions(
-            create=writing,
-            read_only=self._read_only,
-            cleanup_tmp_directories=writing,
-            preservation_policy=_KeepNewestAndBest(self) if writing else None,
-        )
-        handlers = {
-            "state": ocp.StandardCheckpointHandler(),
-            "meta": ocp.JsonCheckpointHandler(),
-        }
-        folder = self.folder / STEPS_FOLDER
-        return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+        """Orbax's; of several processes only the first one's writes."""
+        writing = not self._read_only and self._together.is_first
+        return open_manager(self.folder / STEPS_FOLDER, self._kept if writing else None)
+
+    def _commit(self, step: int, meta: Mapping[str, Any]) -> list[int]:
+        """Makes a step complete whose parts all processes have written; gives all steps."""
+        args = ocp.args.Composite(meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=args, force=True)
+        self._manager.wait_until_finished()
+        steps = list(self._manager.all_steps())
+        remove_parts(self.folder, steps)
+        return steps
 
     def _recover(self, error: Exception) -> CheckpointError:
         """Starts Orbax anew, which lists what is on disk and removes what is half written."""
-        self._manager = self._open_manager()
-        self._scores = self._read_scores()
+        with told_by_others():
+            self._open()
         free = shutil.disk_usage(self.folder).free
         return CheckpointError(
-            f"a checkpoint could not be written to {self.folder}: {_first_line(error)}. Complete "
+            f"a checkpoint could not be written to {self.folder}: {first_line(error)}. Complete "
             f"checkpoints are untouched (steps {self.steps}); {free / 1e6:.0f} MB are free there. "
             "Make room or give another folder; the state in memory is unharmed."
         )
 
     def _kept(self, steps: Sequence[int]) -> set[int]:
-        kept = set(sorted(steps)[-self._keep :])
-        if self.best_metric is not None and self.best_step is not None:
-            kept.add(self.best_step)
-        return kept
+        best = self._best_of(steps)
+        return {*sorted(steps)[-self._keep :], *([] if best is None else [best])}
+
+    def _best_of(self, steps: Sequence[int]) -> int | None:
+        scored = [(score, -step) for step, score in self._scores.items() if step in steps]
+        return -max(scored)[1] if scored else None
 
     def _note_score(self, step: int, metrics: Mapping[str, float]) -> None:
         score = metrics.get(self.best_metric) if self.best_metric is not None else None
@@ -267,7 +301,7 @@ class CheckpointStore:
         for step in self.steps if self.best_metric is not None else ():
             try:
                 self._note_score(step, self._read_meta(step)["metrics"])
-            except _DamagedError:
+            except DamagedError:
                 continue
         return self._scores
 
@@ -284,42 +318,62 @@ class CheckpointStore:
 
     def _pass_over(self, reasons: Mapping[int, str], used: int) -> None:
         """Warns of damaged checkpoints and sets them aside, where no later save meets them."""
-        for step, reason in reasons.items():
-            where = "left where it is"
-            if not self._read_only:
-                where = f"moved to {self._set_aside(step)}"
+        if not reasons:
+            return
+        places = {str(step): "left where it is" for step in reasons}
+        if not self._read_only:
+            with told_by_others():
+                places = self._together.from_first(
+                    "set aside",
+                    lambda: {str(s): f"moved to {set_aside(self.folder, s)}" for s in reasons},
+                )
+            self._manager.reload()
+            self._steps = [step for step in self._steps if step not in reasons]
+        for step, reason in reasons.items() if self._together.is_first else ():
             warnings.warn(
-                f"the checkpoint of step {step} is damaged ({reason}) and was {where}; using step "
-                f"{used} instead",
+                f"the checkpoint of step {step} is damaged ({reason}) and was {places[str(step)]}; "
+                f"using step {used} instead",
                 CheckpointWarning,
                 stacklevel=3,
             )
-        if reasons and not self._read_only:
-            self._manager.reload()
-
-    def _set_aside(self, step: int) -> Path:
-        target = self.folder / DAMAGED_FOLDER / str(step)
-        for attempt in range(1, 1000):
-            if not target.exists():
-                break
-            target = target.with_name(f"{step}-{attempt}")
-        target.parent.mkdir(exist_ok=True)
-        if jax.process_index() == 0:
-            (self.folder / STEPS_FOLDER / str(step)).rename(target)
-        self._scores.pop(step, None)
-        return target
+        for step in reasons:
+            self._scores.pop(step, None)
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         try:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
             )
-            meta = dict(restored["meta"])
+            meta = unsealed(restored["meta"])
         except Exception as error:
-            raise _DamagedError(f"its meta data cannot be read: {_first_line(error)}") from error
-        if meta.pop("crc32", None) != _crc32(meta):
-            raise _DamagedError("its meta data do not have the checksum they were saved with")
+            raise DamagedError(f"its meta data cannot be read: {first_line(error)}") from error
+        if meta is None:
+            raise DamagedError("its meta data do not have the checksum they were saved with")
         return meta
+
+    def _read_arrays(self, step: int, meta: Mapping[str, Any], abstract_state: PyTree) -> PyTree:
+        try:
+            if "parts" in meta:
+                folder = self.folder / PARTS_FOLDER / str(step)
+                return read_parts(folder, meta["parts"], abstract_state)
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            return self._manager.restore(step, args=args)["state"]
+        except Exception as error:
+            raise DamagedError(f"its arrays cannot be read: {first_line(error)}") from error
+
+    def _in_all[T](self, what: str, read: Callable[[], T]) -> T:
+        """What is read, or an error in all processes if it is damaged for one."""
+        value, failure = None, ""
+        try:
+            value = read()
+        except DamagedError as error:
+            failure = str(error)
+        with told_by_others():
+            failure = self._together.first_failure(what, failure)
+        if failure:
+            raise DamagedError(failure)
+        return cast(T, value)
 
     def _read(
         self,
@@ -328,72 +382,20 @@ class CheckpointStore:
         config: Mapping[str, Any] | None,
         may_differ: tuple[str, ...],
     ) -> Restored:
-        meta = self._read_meta(step)
+        meta = self._in_all("read meta", lambda: self._read_meta(step))
         if config is not None:
             check_same_config(meta["config"], config, may_differ)
-        _check_same_arrays(step, meta["arrays"], abstract_state)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract_state)
-        try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        if lines := other_arrays(meta["arrays"], abstract_state):
+            shown = "\n  ".join(lines[:20])
+            raise CheckpointError(
+                f"the checkpoint of step {step} holds other arrays:\n  {shown}\nBuild the model "
+                "and the optimizer with the saved configuration."
             )
-        except Exception as error:
-            raise _DamagedError(f"its arrays cannot be read: {_first_line(error)}") from error
-        state = restored["state"]
+        state = self._in_all("read arrays", lambda: self._read_arrays(step, meta, abstract_state))
         read = fingerprints(state)
         wrong = [name for name, saved in meta["arrays"].items() if read[name] != saved]
         if wrong:
-            raise _DamagedError(f"{', '.join(wrong[:5])} differ from what was saved")
+            raise DamagedError(f"{', '.join(wrong[:5])} differ from what was saved")
         return Restored(
             step, state, meta["iterator"], meta["config"], meta["metrics"], meta["progress"]
-        )
-
-
-class _DamagedError(CheckpointError):
-    """This one checkpoint is not usable; another may be."""
-
-
-class _KeepNewestAndBest:
-    """Orbax's question which checkpoints to preserve, answered by the store."""
-
-    def __init__(self, store: CheckpointStore):
-        self.store = store
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        kept = self.store._kept([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step in kept for checkpoint in checkpoints]
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-
-
-def _sealed(**meta: Any) -> dict[str, Any]:
-    """As JSON would return it, with a checksum of its own."""
-    plain = json.loads(json.dumps(meta))
-    return {**plain, "crc32": _crc32(plain)}
-
-
-def _crc32(meta: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
-
-
-def _check_same_arrays(step: int, saved: Mapping[str, list], abstract_state: PyTree) -> None:
-    """Tells a checkpoint of other arrays from a damaged one."""
-    names = leaf_names(abstract_state)
-    wanted = {
-        name: [str(leaf.dtype), list(leaf.shape)]
-        for name, leaf in zip(names, jax.tree.leaves(abstract_state), strict=True)
-    }
-    lines = []
-    for name in sorted(wanted.keys() | saved.keys()):
-        before = "absent" if name not in saved else f"{saved[name][0]}{saved[name][1]}"
-        now = "absent" if name not in wanted else f"{wanted[name][0]}{wanted[name][1]}"
-        if before != now:
-            lines.append(f"{name}: saved {before}, asked for {now}")
-    if lines:
-        shown = "\n  ".join(lines[:20])
-        raise CheckpointError(
-            f"the checkpoint of step {step} holds other arrays:\n  {shown}\nBuild the model and "
-            "the optimizer with the saved configuration."
         )

@@ -7,6 +7,8 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
+from jaxrec.distributed.agreement import Agreement, AgreementError
+
 LOCK_FILE = "lock"
 
 
@@ -32,3 +34,32 @@ def lock_folder(folder: Path) -> TextIO:
     file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
     file.flush()
     return file
+
+
+def lock_for_all(folder: Path, together: Agreement) -> TextIO | None:
+    """Takes the folder in the first process, for all of them; None in the others.
+
+    Raises:
+      FolderInUse: another run holds it; the message says which and what to do.
+      AgreementError: the same, in the other processes; or they see another folder than the first.
+    """
+    held: list[TextIO] = []
+
+    def take() -> str:
+        try:
+            held.append(lock_folder(folder))
+        except FolderInUse as error:
+            raise FolderInUse(
+                f"{folder} is in use by {error}; two runs in one folder would overwrite each "
+                "other. Wait for it, stop it, or give this run another folder."
+            ) from error
+        return (folder / LOCK_FILE).read_text()
+
+    wanted = together.from_first("locked", take)
+    seen = (folder / LOCK_FILE).read_text() if (folder / LOCK_FILE).exists() else ""
+    other = "" if seen == wanted else f"{folder} is not the folder of process 0"
+    if failure := together.first_failure("looked", other):
+        for file in held:
+            file.close()
+        raise AgreementError(f"{failure}; all processes need one that all of them see")
+    return held[0] if held else None

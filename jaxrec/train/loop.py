@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrec.train.checkpoint import CheckpointError, CheckpointStore, CheckpointWarning
-from jaxrec.train.progress import Progress, RunLog, make_progress
+from jaxrec.distributed.agreement import Agreement
+from jaxrec.train.checkpoint import CheckpointStore
+from jaxrec.train.checkpoint_errors import CheckpointError, CheckpointWarning
+from jaxrec.train.progress import Log, Progress, make_log, make_progress
 from jaxrec.train.signals import StopSignals
 from jaxrec.train.step import StepMetrics, TrainState
 from jaxrec.train.utilisation import TrainingFlops, speed_figures
@@ -120,6 +122,10 @@ def run_loop(
     A resumed run ends bit-identical to one that was never stopped, as long as machine, versions
     and configuration are the same. `config` may differ: it changes no weight.
 
+    Several processes call it alike, with steps that all of them take part in. Only the first
+    writes logs and shows progress. A signal to one of them stops all after the same step, at most
+    two times `log_every` steps later.
+
     Args:
       state: the first state; donated.
       step_fn: from `make_step`.
@@ -146,7 +152,7 @@ def run_loop(
     with CheckpointStore(folder, keep=config.keep, best_metric=config.monitor) as store:
         run = _Run(store, config, full_config, batches, param_names, flops, settled)
         state = run.resume(state, allowed=resume)
-        run.log = RunLog(store.folder, run.step)
+        run.log = make_log(store.folder, run.step)
         run.progress = make_progress(run.step, config.num_steps) if progress is None else progress
         try:
             if run.step:
@@ -165,7 +171,7 @@ _now = time.monotonic
 class _Run:
     """One call of `run_loop`: where it is, and what it has to write down."""
 
-    log: RunLog
+    log: Log
     progress: Progress
 
     def __init__(
@@ -187,6 +193,7 @@ class _Run:
         self.in_flight: list[tuple[int, StepMetrics]] = []
         self.window: list[dict[str, Any]] = []
         self.shapes: set[tuple[tuple[int, ...], ...]] = set()
+        self.together = Agreement()
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -245,7 +252,7 @@ class _Run:
             if evaluating and evaluate is not None:
                 self.record(evaluate(state))
                 why = "patience" if self.out_of_patience else ""
-            why = signals.caught or why
+            why = signals.stop_after(self.step, checked=logging or saving) or why
             if saving:
                 self.save(state)
         self.check(state)
@@ -332,7 +339,8 @@ class _Run:
         monitor = self.config.monitor
         if monitor not in metrics:
             raise ValueError(f"monitor {monitor!r} is not among the metrics {sorted(metrics)}")
-        metrics = {name: float(value) for name, value in metrics.items()}
+        figures = {name: float(value) for name, value in metrics.items()}
+        metrics = self.together.from_first("evaluated", lambda: figures)  # all decide alike
         if math.isnan(metrics[monitor]):
             raise NonFiniteError(f"step {self.step}: the evaluation's {monitor!r} is NaN")
         self.history.append({"step": self.step, **metrics})

@@ -1,7 +1,6 @@
 """What a run shows and writes while it goes: progress bar, JSON lines, TensorBoard."""
 
 import json
-import os
 import sys
 import time
 import warnings
@@ -106,20 +105,26 @@ def make_progress(first_step: int, num_steps: int) -> Progress:
     return PlainProgress(first_step, num_steps)
 
 
-class RunLog:
+class Log:
+    """Keeps the figures of a run; this one keeps none."""
+
+    def write(self, step: int, kind: str, figures: Mapping[str, Any]) -> None:
+        """Adds the figures of a step."""
+
+    def close(self) -> None:
+        """Ends the log."""
+
+
+class RunLog(Log):
     """`log.jsonl`, one object a line, and TensorBoard events where tensorboardX is installed.
 
     Opening it for a resumed run drops the lines of steps past the restored one, so that the file
     reads as if the run had never stopped. What cannot be written (disk full) is kept and written
-    with a later line; training goes on. Of several processes only the first writes.
+    with a later line; training goes on.
     """
 
     def __init__(self, folder: Path, first_step: int):
         self._unwritten = b""
-        if jax.process_index() > 0:
-            nowhere = Path(os.devnull)
-            self._file, self._board = nowhere.open("ab", buffering=0), None
-            return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOG_FILE
         kept = [record for record in _records(path) if record["step"] <= first_step]
@@ -147,6 +152,11 @@ class RunLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def make_log(folder: Path, first_step: int) -> Log:
+    """The files of a run; of several processes only the first writes any."""
+    return RunLog(folder, first_step) if jax.process_index() == 0 else Log()
 
 
 def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import ended, free_port, started
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
@@ -78,3 +79,24 @@ def test_train_sequence_trains_every_seed(dataset, tmp_path):
     assert result["data"]["name"] == dataset.name
     assert "BSARec" in output
     assert (tmp_path / "beauty-best/seed-1/log.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_setting_and_the_first_records_it(dataset, tmp_path):
+    call = command(
+        "train_sequence", "beauty-sasrec", "--data", dataset, "--num-epochs", "1", "--scratch",
+        "--distributed", "--sources", "2", "--folder", tmp_path / "runs",
+        "--results", tmp_path / "results", "--launch.num-processes", "2",
+        "--launch.coordinator", f"localhost:{free_port()}",
+    )  # fmt: skip
+    calls = [[*call, "--launch.process-id", str(number)] for number in range(2)]
+    with started(calls) as processes:
+        first, second = (ended(process, timeout=250) for process in processes)
+    assert first.code == second.code == 0, first.errors + second.errors
+    assert "2 processes, told by arguments; 2 devices" in first.out
+    assert "recorded in" in first.out
+    assert "recorded in" not in second.out
+    [path] = (tmp_path / "results/train_sequence").glob("*.json")
+    config = json.loads(path.read_text())["config"]
+    assert config["setting"] == "beauty-sasrec-distributed"
+    assert config["processes"] == 2

@@ -15,7 +15,7 @@ import pytest
 
 from jaxrec.sharding import abstract_like, make_mesh, replicated, sharded_rows
 from jaxrec.train import CheckpointError, CheckpointStore, CheckpointWarning, ConfigMismatch
-from jaxrec.train.checkpoint import DAMAGED_FOLDER, STEPS_FOLDER
+from jaxrec.train.checkpoint_parts import DAMAGED_FOLDER, STEPS_FOLDER
 from jaxrec.train.config_diff import config_differences
 from jaxrec.train.fingerprint import checksum, fingerprints
 
