@@ -425,8 +425,16 @@ def balance_speedup_section_markdown() -> str:
     if not results:
         return "Nothing recorded yet."
     result, config, checks = results[-1], results[-1]["config"], results[-1]["checks"]
-    shown = ("samples", "measured, ms", "predicted, ms", "prediction off by", "slowest / mean rank")
-    rows = [{name: m[name] for name in shown} for m in result["measurements"]]
+    rows = [
+        {
+            "samples": m["samples"],
+            "measured, ms": f"{m['measured, ms']:.1f}",
+            "predicted, ms": f"{m['predicted, ms']:.1f}",
+            "prediction off by": m["prediction off by"],
+            "slowest / mean rank": f"{m['slowest / mean rank']:.2f}",
+        }
+        for m in result["measurements"]
+    ]
     return (
         f"{table_markdown(rows)}\n\n"
         f"`{result['command']}` on {result['env']['device_kind']} (jax {result['env']['jax']}): "

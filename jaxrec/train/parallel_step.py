@@ -178,10 +178,8 @@ class ParallelStep:
         else:
             if isinstance(state, ShardedState):
                 state = self._pipeline.start(state, {ITEMS: batch.ids}, batch.ranks)
-            if following is None:
-                state, metrics = self._pipeline.finish(state)
-            else:
-                state, metrics = self._pipeline(state, {ITEMS: following.ids}, following.ranks)
+            assert following is not None  # the batches of a run never end
+            state, metrics = self._pipeline(state, {ITEMS: following.ids}, following.ranks)
         counts = metrics.aux
         return state, StepMetrics(
             loss=metrics.loss,

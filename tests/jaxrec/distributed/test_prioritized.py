@@ -76,11 +76,13 @@ def run_plain(tables, step, batches):
     return jax.device_get(state), jax.device_get(results)
 
 
-def run_pipeline(tables, pipeline, batches, *, restart_at: int | None = None):
+def run_pipeline(tables, pipeline, batches, *, restart_at=None, settle_at=None):
     state = init_sharded_state(tables, dense_params(), SGD, key=jax.random.key(1))
     results, traffic = [], []
     carry = pipeline.start(state, *batches[0])
     for number, (ids, batch) in enumerate(batches[1:], 1):
+        if number == settle_at:  # what was fetched is forgotten, and fetched again
+            carry = pipeline.start(pipeline.settle(carry), *batches[number - 1])
         if number == restart_at:
             state, last = pipeline.finish(carry)
             results.append((last.loss, last.aux))
@@ -120,7 +122,8 @@ def test_random_batches_through_a_restart():
     rng = np.random.default_rng(5)
     batches = [random_batch(rng, rows=ROWS) for _ in range(12)]
     wanted = run_plain(tables, plain, batches)
-    assert_same(run_pipeline(tables, pipeline, batches, restart_at=6)[:2], wanted)
+    found = run_pipeline(tables, pipeline, batches, restart_at=6, settle_at=4)
+    assert_same(found[:2], wanted)
 
 
 def test_a_single_batch():

@@ -94,9 +94,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path):
     model.norm.bias[...] = jnp.full_like(model.norm.bias[...], jnp.nan)
     with pytest.raises(NonFiniteError, match=r"step 1: the gradient or the new value of 'blocks"):
         run_train(tmp_path, model)
-    _, state = train_steps(parallel_run(model), 2)
-    assert_same(state.params, nnx.state(model, nnx.Param))
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+    for parallel in (PARALLEL, PLAIN):
+        _, state = train_steps(parallel_run(model, parallel), 2)
+        assert_same(state.params, nnx.state(model, nnx.Param))
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
 
 
 def test_devices_without_samples_and_outliers_held_through_a_restart():
