@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import record
 from experiments.peers import Peers, Variant
-from experiments.report import beside_peers
+from experiments.readme import beside_peers
 from jaxrec.retrieval import ItemIndex, Strategy, brute_force, recall
 
 SEED, WIDTH, K = 0, 64, 100

@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from experiments import record, report
+from experiments import readme, record, report
 from jaxrec.data import SyntheticConfig, leave_one_out, synthetic_catalogue
 from jaxrec.distributed import EXIT_PEER_LOST, EXIT_PREEMPTED, BalanceConfig, LaunchConfig, launch
 from jaxrec.nn import HSTU, HSTUConfig
@@ -426,7 +426,7 @@ def main(config: Faults) -> None:
         scratch=config.scratch,
         folder=config.results,
     )
-    report.print_table("Faults", report.fault_rows(rows))
+    report.print_table("Faults", readme.fault_rows(rows))
     print(f"recorded in {path}")
 
 

@@ -28,7 +28,7 @@ import optax
 import tyro
 from flax import nnx
 
-from experiments import record, report
+from experiments import readme, record, report
 from experiments.settings import find
 from experiments.settings.base import Setting, build_model, load_split
 from jaxrec.data import EvalSet, ItemAttributes, eval_batches, item_counts
@@ -49,8 +49,8 @@ from jaxrec.train import CheckpointStore, init_state, make_optimizer, with_param
 from jaxrec.train.evaluate import history_matrix
 
 CUTOFFS = (10, 100)
-SHOWN = report.OVERARCH_METRICS
-DRAWN = ("hr@10", "hr@100", *report.OVERARCH_FILTERED)
+SHOWN = readme.OVERARCH_METRICS
+DRAWN = ("hr@10", "hr@100", *readme.OVERARCH_FILTERED)
 WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 FORMULAS = {weight: f"dot + {weight} * overarch" for weight in WEIGHTS}
 
@@ -299,7 +299,7 @@ def run_seed(config: OverArchExperiment, seed: int) -> dict[str, dict[str, float
             ids=np.arange(1, len(table)),
         )  # fmt: skip
         filters = target_filters(dataset.attributes, test.target, config.least_passing, seed)
-        questions[report.FILTERED] = ask_filtered(test, index, split.test, filters)
+        questions[readme.FILTERED] = ask_filtered(test, index, split.test, filters)
 
     def measure(values) -> dict[str, float]:
         """Metrics of the test questions, with and without filters, ranked by `values` of them."""
@@ -362,7 +362,7 @@ def recall_plot(measured: list[dict[str, Any]]) -> bytes:
     methods = list(dict.fromkeys(m["workload"] for m in measured))
     names = [name for name in DRAWN if ("dot product", name) in figures]
     series = {method: [figures[method, name] for name in names] for method in methods}
-    titles = [report.overarch_title(name).replace(", ", ",\n") for name in names]
+    titles = [readme.overarch_title(name).replace(", ", ",\n") for name in names]
     return report.bars(titles, series, y="recall")
 
 
@@ -387,7 +387,7 @@ def main(config: OverArchExperiment) -> None:
         folder=config.results,
     )
     path.with_suffix(".png").write_bytes(recall_plot(measured))
-    report.print_table(f"{config.setting}: test, history filtered", report.overarch_rows(measured))
+    report.print_table(f"{config.setting}: test, history filtered", readme.overarch_rows(measured))
     print(f"recorded in {path}")
 
 

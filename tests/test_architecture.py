@@ -82,8 +82,9 @@ def _package_rules(package: str, layer: str, name: str) -> list[str]:
     if package == "jaxrec" and target[0] == "jaxrec" and len(target) > 1 and layer in LAYERS:
         return _layer_rules(layer, target[1], name)
     if package == "experiments" and target[0] == "experiments":
-        shared = {"peers", "record", "report", "settings", "torch_peers", "torch_training"} | {
-            "triton_kernels"
+        shared = {"peers", "readme", "record", "report", "settings", "torch_peers"} | {
+            "torch_training",
+            "triton_kernels",
         }
         if layer not in shared and len(target) > 1 and target[1] not in shared:
             return [f"an experiment imports another: {name}"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report import fault_rows
+from experiments.readme import fault_rows
 
 ROOT = Path(__file__).parents[2]
 

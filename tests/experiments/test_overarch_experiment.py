@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_settings import write_dataset
 
-from experiments import overarch, report
+from experiments import overarch, readme
 from jaxrec.data import EvalSet, ItemAttributes, SequenceDataset, Vocabulary
 from jaxrec.retrieval import ItemIndex
 
@@ -28,7 +28,7 @@ def test_every_over_arch_is_fitted_measured_and_recorded(tmp_path, monkeypatch):
     overarch.main(config)
     (path,) = (tmp_path / "overarch").glob("*.json")
     assert path.with_suffix(".png").stat().st_size > 10_000
-    rows = report.overarch_rows(json.loads(path.read_text())["measurements"])
+    rows = readme.overarch_rows(json.loads(path.read_text())["measurements"])
     assert [row["ranked by"] for row in rows] == [
         "dot product", "dot + popularity", "dot + MoL", "dot + MLP", "dot + attention",
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def test_values_are_dot_plus_weighted_overarch():
 
 
 def test_the_report_has_a_table_for_every_command():
-    text = report.overarch_section_markdown()
+    text = readme.overarch_section_markdown()
     assert "dot product" in text
     assert "dot + MoL" in text
     assert "--overarchs MoL MLP" in text

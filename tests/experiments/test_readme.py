@@ -1,11 +1,11 @@
-from experiments import record, report
+from experiments import readme, record
 
 
 def test_readmes_show_the_recorded_results():
-    texts = [readme.read_text() for readme in report.READMES]
+    texts = [path.read_text() for path in readme.READMES]
     for text in texts:
-        assert report.fill_sections(text) == text, "run `python -m experiments.report`"
-    for name in report.SECTIONS:
+        assert readme.fill_sections(text) == text, "run `python -m experiments.readme`"
+    for name in readme.SECTIONS:
         assert "".join(texts).count(f"<!-- results: {name} -->") == 1
 
 
