@@ -4,7 +4,8 @@
     python -m experiments.bench_moe --workloads gh200 sonic_7b
     python -m experiments.bench_moe --small --scratch   # every layer shrunk: runs on a CPU
 
-Ours, with each policy of what to save, and with rows fetched in the kernel, beside
+Ours, with each policy of what to save, with rows fetched in the kernel, and with fewer and more row
+tiles that go through all columns together, beside
   materialised  gather into [E, C, D], batched products, weighted scatter; C fits the fullest expert
   ragged_dot    rows sorted by expert, `jax.lax.ragged_dot`
   tokamax       the same with tokamax's `ragged_dot`, where it is installed
@@ -13,8 +14,9 @@ Ours, with each policy of what to save, and with rows fetched in the kernel, bes
 All are differentiated by JAX but ours, and compute the same (dense: as many multiply-adds). The
 answers are compared first; one that differs ends the run. Saved bytes are those that `jax.vjp`
 keeps besides weights, peak bytes those of the compiled program. One JSON file and plots go to
-experiments/results/bench_moe/; which way to get rows was faster goes to pallas_kernels/moe/tuned/,
-where `moe_ffn` looks it up (a GPU's layers at full size only).
+experiments/results/bench_moe/; which of our ways was the fastest, over even and skewed routing of
+the same layer, goes to pallas_kernels/moe/tuned/, where `moe_ffn` looks it up (a GPU's layers at
+full size only).
 """
 
 import argparse
@@ -32,8 +34,8 @@ from jax import lax
 from experiments import record, report
 from pallas_kernels import moe_dispatch, moe_ffn
 from pallas_kernels._timing import Timing, time_interleaved
-from pallas_kernels.moe.config import Fetch, MoeConfig
-from pallas_kernels.moe.tuning import Layer, tuned_path, write_tuned
+from pallas_kernels.moe.config import MoeConfig
+from pallas_kernels.moe.tuning import Choice, Layer, tuned_path, write_tuned
 from pallas_kernels.moe.workloads import WORKLOADS, MoeWorkload
 
 SEED = 0
@@ -41,6 +43,8 @@ TOLERANCE = 3e-2  # of the largest value: bf16 products, summed in other orders
 PASSES = ("forward", "gradient")
 FETCHED = "ours, fused fetch"
 GATHERED = "ours, gate_up"
+USUAL = Choice()
+SHARED_TILES = {2: "ours, 2 row tiles", USUAL.shared_tiles: GATHERED, 32: "ours, 32 row tiles"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +114,11 @@ def _activate(activation: str, gate: jax.Array | None, up: jax.Array) -> jax.Arr
     return jax.nn.silu(gate) * up
 
 
-def ours(case: Case, save: Any, fetch: Fetch = "gather") -> Callable[..., jax.Array]:
+def ours(case: Case, save: Any, choice: Choice = USUAL) -> Callable[..., jax.Array]:
     """`moe_ffn` on its best backend."""
     w = case.workload
     sizes = MoeConfig.heuristic(w.num_pairs, w.num_experts)
-    config = dataclasses.replace(sizes, fetch=fetch)
+    config = dataclasses.replace(sizes, **choice._asdict())
 
     def run(x, ids, gates, *weights):
         how = {"activation": case.activation, "save": save, "config": config}
@@ -176,7 +180,9 @@ def variants(case: Case, ids: jax.Array) -> dict[str, Callable[..., jax.Array]]:
     """Everything that computes this case here."""
     fullest = int(np.bincount(np.asarray(ids).reshape(-1)).max())
     found = {f"ours, {save}": ours(case, save) for save in ("gate_up", "gate_up_fp8", "x")}
-    found[FETCHED] = ours(case, "gate_up", "fused")
+    found[FETCHED] = ours(case, "gate_up", Choice(fetch="fused"))
+    for tiles, name in SHARED_TILES.items():
+        found[name] = ours(case, "gate_up", Choice(shared_tiles=tiles))
     found["materialised"] = materialised(case, -(-fullest // 128) * 128)
     found["ragged_dot"] = ragged(case, lax.ragged_dot)
     try:
@@ -290,20 +296,38 @@ def main() -> None:
     plot(path, chosen, found)
     print(f"wrote {path}")
     if not (options.small or options.scratch):
-        choices: list[tuple[Layer, Fetch]] = [
-            (case.layer(), faster(found[name, "forward"]))
-            for name, case in chosen.items()
-            if case.workload.skew == 0
-        ]
+        choices = [(layer, best(passes)) for layer, passes in by_layer(chosen, found).items()]
         device = jax.devices()[0].device_kind
         write_tuned(tuned_path(), choices, {"result": path.name, "device": device})
         print(f"wrote {tuned_path()}")
 
 
-def faster(by_variant: dict[str, Measured]) -> Fetch:
-    """The way to get rows whose median is the lower."""
-    gathered, fetched = (by_variant[name].timing.p50_us for name in (GATHERED, FETCHED))
-    return "fused" if fetched < gathered else "gather"
+type Passes = dict[str, dict[str, Measured]]  # by pass, then by variant
+
+
+def by_layer(
+    chosen: dict[str, Case], found: dict[tuple[str, str], dict[str, Measured]]
+) -> dict[Layer, list[Passes]]:
+    """What was measured of each layer: one `Passes` for each routing of it."""
+    layers: dict[Layer, list[Passes]] = {}
+    for name, case in chosen.items():
+        passes = {pass_name: found[name, pass_name] for pass_name in PASSES}
+        layers.setdefault(case.layer(), []).append(passes)
+    return layers
+
+
+def best(routings: list[Passes]) -> Choice:
+    """The fastest over all routings of a layer: of the fetch forward, of the tiles with gradients.
+
+    Each of the two is measured with the other's default.
+    """
+
+    def total(pass_name: str, variant: str) -> float:
+        return sum(passes[pass_name][variant].timing.p50_us for passes in routings)
+
+    fused = total("forward", FETCHED) < total("forward", GATHERED)
+    tiles = min(SHARED_TILES, key=lambda n: total("gradient", SHARED_TILES[n]))
+    return Choice("fused" if fused else "gather", tiles)
 
 
 def _options() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""How the forward pass should get its rows: from measurements where there are any."""
+"""How the kernels get rows and share them: from measurements where there are any."""
 
 import functools
 import json
@@ -26,6 +26,13 @@ class Layer:
     width: int
     hidden: int
     gated: bool = True
+
+
+class Choice(NamedTuple):
+    """What is measured; see `MoeConfig`."""
+
+    fetch: Fetch = "gather"
+    shared_tiles: int = MoeConfig.shared_tiles
 
 
 class FetchCost(NamedTuple):
@@ -66,20 +73,20 @@ def fetch_cost(layer: Layer, *, multiprocessors: int = 132) -> FetchCost:
 
 
 def tuned_config(layer: Layer) -> MoeConfig:
-    """The heuristic's sizes, and the fetch that was measured faster for such a layer; else gather.
+    """The heuristic's sizes, and the choice that was measured best for such a layer, if any.
 
     A measured layer is such a one if it has the same widths, experts and gate, and at most twice or
     half as many pairs.
     """
     config = MoeConfig.heuristic(layer.num_pairs, layer.num_experts)
     near = [
-        (max(pairs, layer.num_pairs) / min(pairs, layer.num_pairs), fetch)
-        for other, fetch in _measured(tuned_path())
+        (max(pairs, layer.num_pairs) / min(pairs, layer.num_pairs), choice)
+        for other, choice in _measured(tuned_path())
         if replace(layer, num_pairs=other.num_pairs) == other
         for pairs in [other.num_pairs]
     ]
-    ratio, fetch = min(near, default=(float("inf"), "gather"))
-    return replace(config, fetch=fetch) if ratio <= _SIMILAR else config
+    ratio, choice = min(near, default=(float("inf"), Choice()))
+    return replace(config, **choice._asdict()) if ratio <= _SIMILAR else config
 
 
 def tuned_path() -> Path:
@@ -88,19 +95,20 @@ def tuned_path() -> Path:
 
 
 def write_tuned(
-    path: Path, choices: Sequence[tuple[Layer, Fetch]], provenance: dict[str, Any]
+    path: Path, choices: Sequence[tuple[Layer, Choice]], provenance: dict[str, Any]
 ) -> None:
     """Records measured choices, over those of the same layers that the file has."""
     known = dict(_measured(path)) | dict(choices)
     path.parent.mkdir(parents=True, exist_ok=True)
-    layers = [asdict(layer) | {"fetch": fetch} for layer, fetch in known.items()]
+    layers = [asdict(layer) | choice._asdict() for layer, choice in known.items()]
     path.write_text(json.dumps({"provenance": provenance, "layers": layers}, indent=2) + "\n")
     _measured.cache_clear()
 
 
 @functools.cache
-def _measured(path: Path) -> tuple[tuple[Layer, Fetch], ...]:
+def _measured(path: Path) -> tuple[tuple[Layer, Choice], ...]:
     if not path.exists():
         return ()
     rows = json.loads(path.read_text())["layers"]
-    return tuple((Layer(**row), fetch) for row in rows for fetch in [row.pop("fetch")])
+    chosen = [Choice(**{name: row.pop(name) for name in Choice._fields}) for row in rows]
+    return tuple((Layer(**row), choice) for row, choice in zip(rows, chosen, strict=True))

@@ -1,6 +1,7 @@
 import json
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from jax import lax
 from experiments import bench_moe
 from pallas_kernels import moe_saved_bytes
 from pallas_kernels._timing import Timing
-from pallas_kernels.moe.tuning import Layer
+from pallas_kernels.moe.tuning import Choice, Layer
 
 
 @pytest.mark.slow
@@ -20,6 +21,7 @@ def test_variants_agree_and_ours_saves_what_is_promised(name):
     found, checks = bench_moe.measure(case, "gradient", repeats=1)
     peers = {"materialised", "ragged_dot"}
     mine = {"ours, gate_up", "ours, gate_up_fp8", "ours, x", bench_moe.FETCHED}
+    mine |= set(bench_moe.SHARED_TILES.values())
     assert {"dense", *mine, *peers} <= set(found)
     assert all(checks[name] < bench_moe.TOLERANCE for name in peers)
     w = case.workload
@@ -67,15 +69,27 @@ def test_a_wrong_answer_ends_the_run(monkeypatch):
         bench_moe.measure(case, "forward", repeats=1)
 
 
-def test_the_faster_way_to_get_rows_is_the_choice():
-    def measured(us):
-        return bench_moe.Measured(Timing((us,)), 0, 0)
+def test_the_fastest_way_over_all_routings_is_the_choice():
+    few, usual, many = bench_moe.SHARED_TILES.values()
 
-    for gathered, fetched, wanted in ((2.0, 1.0, "fused"), (1.0, 2.0, "gather")):
-        found = {bench_moe.GATHERED: measured(gathered), bench_moe.FETCHED: measured(fetched)}
-        assert bench_moe.faster(found) == wanted
-    case = bench_moe.cases()["conf3_silu"]
-    assert case.layer() == Layer(262_144, 16, 1024, 4096, gated=False)
+    def measured(**us):
+        return {name: bench_moe.Measured(Timing((time,)), 0, 0) for name, time in us.items()}
+
+    def passes(forward, gradient):
+        return {"forward": measured(**forward), "gradient": measured(**gradient)}
+
+    fetches = {bench_moe.FETCHED: 1.0, usual: 2.0}
+    even = passes(fetches, {few: 1.0, usual: 2.0, many: 3.0})
+    skewed = passes({bench_moe.FETCHED: 5.0, usual: 3.0}, {few: 5.0, usual: 3.5, many: 2.9})
+    assert bench_moe.best([even]) == Choice("fused", 2)
+    assert bench_moe.best([even, skewed]) == Choice("gather", 8)
+    cases = bench_moe.cases()
+    assert cases["conf3_silu"].layer() == Layer(262_144, 16, 1024, 4096, gated=False)
+    chosen = {name: cases[name] for name in ("conf4", "conf4_skewed", "conf4_silu")}
+    found: Any = {(name, each): name for name in chosen for each in bench_moe.PASSES}
+    layers = bench_moe.by_layer(chosen, found)
+    together = [[routing["forward"] for routing in layer] for layer in layers.values()]
+    assert together == [["conf4", "conf4_skewed"], ["conf4_silu"]]
 
 
 def test_cases_are_those_of_the_literature():

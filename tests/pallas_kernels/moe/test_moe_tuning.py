@@ -1,4 +1,4 @@
-"""Which way to get rows is chosen: by measurements of like layers on like devices."""
+"""How kernels get and share rows is chosen: by measurements of like layers on like devices."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 
 from pallas_kernels.moe import MoeConfig, api, tuning
-from pallas_kernels.moe.tuning import Layer, fetch_cost, tuned_config, tuned_path, write_tuned
+from pallas_kernels.moe.tuning import (
+    Choice,
+    Layer,
+    fetch_cost,
+    tuned_config,
+    tuned_path,
+    write_tuned,
+)
 from pallas_kernels.moe.workloads import WORKLOADS
 
 MEASURED = Layer(num_pairs=4096, num_experts=8, width=256, hidden=128)
@@ -27,7 +34,7 @@ def test_rows_are_gathered_unless_measured_otherwise():
 
 
 def test_a_measured_choice_holds_for_layers_like_it():
-    write_tuned(tuned_path(), [(MEASURED, "fused")], {"device": "test"})
+    write_tuned(tuned_path(), [(MEASURED, Choice("fused", 2))], {"device": "test"})
     like = [MEASURED, replace(MEASURED, num_pairs=2048), replace(MEASURED, num_pairs=8192)]
     unlike = [
         replace(MEASURED, num_pairs=8193),
@@ -37,12 +44,13 @@ def test_a_measured_choice_holds_for_layers_like_it():
         replace(MEASURED, gated=False),
     ]
     assert {tuned_config(layer).fetch for layer in like} == {"fused"}
+    assert {tuned_config(layer).shared_tiles for layer in like} == {2}
     assert {tuned_config(layer).fetch for layer in unlike} == {"gather"}
     # The nearest of two measured layers decides; a new measurement replaces the old one.
-    write_tuned(tuned_path(), [(replace(MEASURED, num_pairs=8192), "gather")], {"device": "test"})
+    write_tuned(tuned_path(), [(replace(MEASURED, num_pairs=8192), Choice())], {"device": "test"})
     assert tuned_config(replace(MEASURED, num_pairs=8000)).fetch == "gather"
     assert tuned_config(replace(MEASURED, num_pairs=4100)).fetch == "fused"
-    write_tuned(tuned_path(), [(MEASURED, "gather")], {"device": "later"})
+    write_tuned(tuned_path(), [(MEASURED, Choice())], {"device": "later"})
     assert tuned_config(MEASURED).fetch == "gather"
     assert json.loads(tuned_path().read_text())["provenance"] == {"device": "later"}
 
