@@ -109,7 +109,7 @@ def launch(config: LaunchConfig | None = None) -> Iterator[Launched]:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # XLA's CPU client compiles on the threads on which collectives wait for other processes. With
     # no more threads than cores all may be waiting for a process that waits for its compiler.
-    os.environ.setdefault("NPROC", str(CPU_THREADS))
+    os.environ.setdefault("PJRT_NPROC", str(CPU_THREADS))
     jax.config.update("jax_enable_preemption_service", False)  # takes SIGTERM away from the loop
     jax.distributed.initialize(
         place.coordinator,
