@@ -378,7 +378,8 @@ def outcome(fault: str, seconds: Sequence[float], error: float) -> dict[str, Any
     Raises:
       RuntimeError: its weights are not those of the undisturbed job.
     """
-    allowed = OTHER_DEVICES_ERROR if fault == fewer_devices.__name__ else 0.0
+    moved = fault in (elastic.__name__, fewer_devices.__name__)
+    allowed = OTHER_DEVICES_ERROR if moved else 0.0
     if error > allowed:
         raise RuntimeError(f"{fault}: the weights differ by {error:g}; allowed are {allowed:g}")
     return {

@@ -96,6 +96,9 @@ def launch(config: LaunchConfig | None = None) -> Iterator[Launched]:
     """
     config = config or LaunchConfig()
     place = find_place(config, os.environ)
+    # XLA's CPU client compiles on the threads on which collectives wait for others. With no more
+    # threads than cores all may be waiting for what none is left to compute or compile.
+    os.environ.setdefault("PJRT_NPROC", str(CPU_THREADS))
     if place.num_processes == 1:
         yield Launched(place.found, 0, [Peer(0, "localhost", os.getpid())])
         return
@@ -107,9 +110,6 @@ def launch(config: LaunchConfig | None = None) -> Iterator[Launched]:
     if place.process_id > 0:
         await_service(address)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # XLA's CPU client compiles on the threads on which collectives wait for other processes. With
-    # no more threads than cores all may be waiting for a process that waits for its compiler.
-    os.environ.setdefault("NPROC", str(CPU_THREADS))
     jax.config.update("jax_enable_preemption_service", False)  # takes SIGTERM away from the loop
     jax.distributed.initialize(
         place.coordinator,
