@@ -30,8 +30,12 @@ def python(program: Path, *arguments: object) -> list[object]:
 
 @contextmanager
 def started(calls: Sequence[Sequence[object]]) -> Iterator[list]:
-    """One process for each call; all are killed at the end."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    """One process for each call; all are killed at the end.
+
+    XLA's CPU client needs more threads than cores where collectives wait for other processes.
+    """
+    more = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PJRT_NPROC": "32"}
+    environment = os.environ | more
     processes = [
         subprocess.Popen(
             [*map(str, call)], env=environment, text=True, cwd=ROOT,

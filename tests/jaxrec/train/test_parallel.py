@@ -1,10 +1,6 @@
 """Training over many devices is training on one with the same global batches."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +24,7 @@ from parallel_case import (
     train_steps,
 )
 from parallel_worker import STEPS
+from processes import ended, free_port, python, started
 
 from jaxrec.data import PopularitySampler, item_counts
 from jaxrec.distributed import BalanceConfig, ShardedTables
@@ -47,7 +44,6 @@ from jaxrec.train import (
 from jaxrec.train.train import spread
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
-ROOT = Path(__file__).parents[3]
 
 
 def assert_close(one, other, relative=1e-4):
@@ -135,31 +131,14 @@ def test_a_resumed_run_ends_with_the_same_bits_and_metrics_are_those_of_one_devi
     assert metrics == {name: value for name, value in best.items() if name != "step"}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def run_processes(count: int, devices: int, folder: Path) -> list[dict[str, np.ndarray]]:
     """What each of `count` processes wrote."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    port, workers = free_port(), []
-    try:
-        for number in range(count):
-            arguments = map(str, (WORKER, number, count, port, devices, folder))
-            workers.append(
-                subprocess.Popen(
-                    [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT, text=True,
-                )
-            )  # fmt: skip
+    port = free_port()
+    calls = [python(WORKER, number, count, port, devices, folder) for number in range(count)]
+    with started(calls) as workers:
         for worker in workers:
-            out, _ = worker.communicate(timeout=280)
-            assert worker.returncode == 0, out[-2_000:]
-    finally:
-        for worker in workers:
-            worker.kill()
+            end = ended(worker, timeout=280)
+            assert end.code == 0, end.errors[-2_000:]
     return [dict(np.load(folder / f"{number}.npz")) for number in range(count)]
 
 
