@@ -34,8 +34,8 @@ class EmbeddingTable:
       dtype: "float32" or "bfloat16" rows; moments are f32 either way. An update of a bf16 row that
         is smaller than half its last bit (2⁻⁹ of the value) is lost by rounding.
       memory: "device", or "pinned_host" for tables beyond the devices' memory: see `read_rows`.
-        Host memory is tested on CPU devices; a program for GPUs with such tables is not yet
-        compiled.
+        Host memory is tested on CPU devices alone: a GPU that is not there has no host memory to
+        compile for.
       std: of the rows' normal distribution at the start; row `padding_id` is zeros.
       padding_id: an id that means no row: it gives zeros and costs nothing; None for no such id.
 
