@@ -1,8 +1,8 @@
 """Reading and writing rows of an array in device memory, or in the host's beside it.
 
 An array in host memory (`pinned_host`) is read and written where it lies, by the host's processor:
-only the rows asked for cross the bus, in both directions. XLA's programs on a GPU's host write their
-results to memory of their own, so that an update there also copies the array, within the host.
+only the rows asked for cross the bus, in both directions. Beside a GPU, XLA's programs for the host
+write results to memory of their own, so that an update also copies the array, within the host.
 
 Letters: R rows of an array, U rows meant.
 """
