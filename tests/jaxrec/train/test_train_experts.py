@@ -45,10 +45,11 @@ EXPERTS = MoEConfig(width=8, num_experts=4, hidden=6, bias_rate=0.01)
 ADAM = OptimizerConfig(learning_rate=0.01)
 
 
-def sasrec(moe: MoEConfig | None = EXPERTS, num_blocks: int = 2):
+def sasrec(moe: MoEConfig | None = EXPERTS, num_blocks: int = 2, dropout: float = 0.5):
     config = SASRecConfig(
-        num_items=NUM_ITEMS, max_len=MAX_LEN, width=8, num_blocks=num_blocks, moe=moe
-    )
+        num_items=NUM_ITEMS, max_len=MAX_LEN, width=8, num_blocks=num_blocks, moe=moe,
+        dropout=dropout,
+    )  # fmt: skip
     return SASRec(config, rngs=nnx.Rngs(0))
 
 
@@ -106,7 +107,9 @@ def test_balancing_losses_are_part_of_the_loss_with_their_weights(make):
 def test_a_balancing_loss_balances():
     def max_over_mean(weight):
         # A router that starts out unfair: every token prefers the first two experts.
-        model = sasrec(replace(EXPERTS, balance_weight=weight, bias_rate=0.0), num_blocks=1)
+        model = sasrec(
+            replace(EXPERTS, balance_weight=weight, bias_rate=0.0), num_blocks=1, dropout=0.0
+        )
         for layer in model.moe_layers():
             layer.router.kernel[...] = layer.router.kernel[...].at[:, :2].multiply(8.0)
         state, step = parts(model)
