@@ -30,6 +30,8 @@ code { background: #f2f4f7; padding: .1rem .35rem; border-radius: .25rem; font-s
 COLOURS = [
     *("#2563a8", "#d9822b", "#3a9a6b", "#8a5bb0"),
     *("#b8434e", "#5aa9c9", "#c9a227", "#7a7f87"),
+    *("#123f73", "#8a4f0e", "#1c6443", "#54317a"),
+    *("#7d1d29", "#2a708c", "#7d6414", "#3d4249"),
 ]
 
 
