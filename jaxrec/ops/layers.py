@@ -6,6 +6,8 @@ from jaxtyping import Float, Int
 
 from jaxrec.ops.jagged import positions
 
+_GRADIENT_ROWS = 32  # of the filter's taps, at a time
+
 
 def dropout(
     x: Float[jax.Array, "*shape"], rate: float, key: jax.Array | None
@@ -66,7 +68,8 @@ def causal_filter(
 
     def add_tap(acc, tap_and_lag):
         tap, lag = tap_and_lag
-        return acc + _lagged(padded, position, lag, taps.shape[0]) * tap, None
+        lagged = jax.lax.dynamic_slice_in_dim(padded, taps.shape[0] - 1 - lag, x.shape[0])
+        return acc + jnp.where((position >= lag)[:, None], lagged, 0) * tap, None
 
     init = jnp.zeros(x.shape, jnp.float32)
     return jax.lax.scan(add_tap, init, _taps_and_lags(taps))[0].astype(x.dtype)
@@ -74,12 +77,6 @@ def causal_filter(
 
 def _taps_and_lags(taps: jax.Array) -> tuple[jax.Array, jax.Array]:
     return taps.astype(jnp.float32), jnp.arange(taps.shape[0])
-
-
-def _lagged(padded: jax.Array, position: jax.Array, lag: jax.Array, num_taps: int) -> jax.Array:
-    """x[t - lag], 0 where that is another sequence; `padded` has num_taps - 1 zeros before x."""
-    rows = jax.lax.dynamic_slice_in_dim(padded, num_taps - 1 - lag, position.shape[0])
-    return jnp.where((position >= lag)[:, None], rows, 0)
 
 
 def _causal_filter_forward(x, seq_offsets, taps):
@@ -90,7 +87,6 @@ def _causal_filter_backward(inputs, dout):
     x, seq_offsets, taps = inputs
     num_tokens, num_taps = x.shape[0], taps.shape[0]
     position = positions(seq_offsets, num_tokens)
-    padded = jnp.pad(x.astype(jnp.float32), ((num_taps - 1, 0), (0, 0)))
     dout = dout.astype(jnp.float32)
     behind = jnp.pad(dout, ((0, num_taps - 1), (0, 0)))
     position_behind = jnp.pad(position, (0, num_taps - 1), constant_values=-1)
@@ -99,11 +95,39 @@ def _causal_filter_backward(inputs, dout):
         tap, lag = tap_and_lag
         ahead = jax.lax.dynamic_slice_in_dim(behind, lag, num_tokens)
         reached = jax.lax.dynamic_slice_in_dim(position_behind, lag, num_tokens) >= lag
-        dx += jnp.where(reached[:, None], ahead, 0) * tap
-        return dx, (dout * _lagged(padded, position, lag, num_taps)).sum(0)
+        return dx + jnp.where(reached[:, None], ahead, 0) * tap, None
 
-    dx, dtaps = jax.lax.scan(add_tap, jnp.zeros(x.shape, jnp.float32), _taps_and_lags(taps))
+    dx, _ = jax.lax.scan(add_tap, jnp.zeros(x.shape, jnp.float32), _taps_and_lags(taps))
+    dtaps = _taps_gradient(x.astype(jnp.float32), position, dout, num_taps)
     return dx.astype(x.dtype), None, dtaps.astype(taps.dtype)
+
+
+def _taps_gradient(x: jax.Array, position: jax.Array, dout: jax.Array, num_taps: int) -> jax.Array:
+    """Σ_t dout[t, d] · x[t - n, d] for every n; f32[W, D].
+
+    Some rows at a time, whose products become one loop: a sum over the rows for every lag takes
+    three times as long on a CPU.
+    """
+    num_tokens, rows = x.shape[0], _GRADIENT_ROWS
+    filled = -(-num_tokens // rows) * rows
+    behind = ((0, filled - num_tokens), (0, 0))
+    dout, position = jnp.pad(dout, behind), jnp.pad(position, behind[0])
+    # Newest first, so that the x[t - n] of all lags are a slice.
+    newest_first = jnp.pad(jnp.pad(x, behind)[::-1], ((0, num_taps - 1), (0, 0)))
+    lag = jnp.arange(num_taps)
+
+    def add_rows(acc, start):
+        d = jax.lax.dynamic_slice_in_dim(dout, start, rows)
+        last = jax.lax.dynamic_slice_in_dim(position, start, rows)
+        begin = filled - rows - start
+        past = jax.lax.dynamic_slice_in_dim(newest_first, begin, rows + num_taps - 1)
+        for row in range(rows):
+            lagged = past[rows - 1 - row : rows - 1 - row + num_taps]
+            acc += jnp.where((last[row] >= lag)[:, None], lagged, 0) * d[row]
+        return acc, None
+
+    init = jnp.zeros((num_taps, x.shape[1]), jnp.float32)
+    return jax.lax.scan(add_rows, init, jnp.arange(0, filled, rows))[0]
 
 
 causal_filter.defvjp(_causal_filter_forward, _causal_filter_backward)
