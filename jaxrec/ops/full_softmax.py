@@ -128,7 +128,8 @@ def _one_pass(
     target_rows = _target_rows(hidden, table, target_ids)
     loss -= (weight * _dot("md,md->m", hidden, target_rows)).sum()
     dhidden = dhidden.reshape(-1, hidden.shape[1])[:num_rows] - weight[:, None] * target_rows
-    dtable = jnp.pad(dtable.T, ((1, 0), (0, 0)))
+    # Behind a barrier: a transposition merged into the product would slow it down on a CPU.
+    dtable = jnp.pad(lax.optimization_barrier(dtable).T, ((1, 0), (0, 0)))
     dtable = dtable.at[target_ids].add(-weight[:, None] * hidden)
     return loss, dhidden.astype(hidden.dtype), dtable.astype(table.dtype)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from jaxrec.ops.layers import causal_filter, dropout, layer_norm
+from jaxrec.ops.layers import causal_filter, dropout, hash_bits, layer_norm
 
 T, D = 18, 3
 apply_filter = jax.jit(causal_filter)
@@ -31,6 +31,20 @@ def test_dropout_keeps_the_mean_and_drops_its_share(rate):
     np.testing.assert_allclose(out[out != 0], 2 / (1 - rate), rtol=1e-2)
     again = np.asarray(dropout(x, rate, jax.random.key(2)), np.float32)
     assert ((out == 0) != (again == 0)).any()
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_hashed_bits_are_independent_of_place_and_key(impl):
+    keys = jax.random.split(jax.random.key(5, impl=impl), 4)
+    words = np.stack([np.asarray(hash_bits(key, (512, 64))) for key in keys])
+    bits = np.unpackbits(words.view(np.uint8).reshape(4, 512, 64, 4), axis=-1, bitorder="little")
+    signs = 2.0 * bits.reshape(4, 512, 64, 32) - 1
+    noise = 5.5 / np.sqrt(512 * 64)  # standard deviations of a mean; some 500 of them are looked at
+    assert np.abs(signs.mean((1, 2))).max() < noise
+    for axis, lag in ((0, 1), (0, 2), (1, 1), (1, 7), (2, 1), (2, 8), (3, 1), (3, 16)):
+        beside = (signs * np.roll(signs, lag, axis)).mean((1, 2))
+        assert np.abs(beside).max() < noise, (axis, lag)
+    assert len(np.unique(words)) > words.size - 50  # birthdays: 4 are expected
 
 
 def test_dropout_drops_the_gradient_of_the_same_elements():
@@ -90,6 +104,15 @@ def test_causal_filter_gradients_and_bf16():
     offsets = jnp.asarray([0, 3, 8], jnp.int32)
     filtered = jax.jit(lambda x, taps: causal_filter(x, offsets, taps))
     check_grads(filtered, (x, taps), 1, ["rev"], eps=1e-2, atol=5e-3, rtol=5e-3)
+    long = jnp.asarray(rng.normal(size=(75, D)), jnp.float32)  # several groups of rows
+    ends = jnp.asarray([0, 30, 33, 71], jnp.int32)
+    weight = jnp.asarray(rng.normal(size=(75, D)), jnp.float32).at[71:].set(0)
+    dtaps = jax.grad(lambda taps: (causal_filter(long, ends, taps) * weight).sum())(taps)
+    for n in range(4):
+        one_hot = np.zeros((4, D))
+        one_hot[n] = 1
+        expected = (naive_filter(long, ends, one_hot) * weight).sum(0)
+        np.testing.assert_allclose(dtaps[n], expected, atol=1e-4)
     half = filtered(x.astype(jnp.bfloat16), taps)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(half, np.float32), filtered(x, taps), atol=0.1)
