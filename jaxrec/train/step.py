@@ -267,7 +267,7 @@ def _average(state: TrainState, params: PyTree, decay: float | None) -> PyTree:
 def first_nonfinite(loss: jax.Array, grads: PyTree, params: PyTree) -> Int[jax.Array, ""]:
     """Number of the first parameter that is not all finite; see `StepMetrics`."""
     pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True)
-    bad = [~(jnp.isfinite(grad).all() & jnp.isfinite(param).all()) for grad, param in pairs]
+    bad = [~(jnp.isfinite(grad) & jnp.isfinite(param)).all() for grad, param in pairs]
     bad = jnp.stack([*bad, ~jnp.isfinite(loss)])
     return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
 
