@@ -9,6 +9,7 @@ Every seed has a folder of its own under `--folder`; stopped (exit code 75), the
 on. On two CPU cores an epoch of Beauty takes about 6 s; the results say how long whole runs took.
 """
 
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -115,21 +116,28 @@ def run_seed(
     model = build_model(setting, dataset, split, seed=seed)
     config = replace(setting.train, seed=seed)
     started = time.monotonic()
-    resumed = (folder / "checkpoints").exists()
     result = train(model, split, config=config, folder=folder, **parallel)
+    minutes = _add_minutes(folder / "minutes.json", (time.monotonic() - started) / 60)
     if result.stopped_because.startswith("SIG"):
         print(f"stopped by {result.stopped_because}; the same command goes on", file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
-    minutes = (time.monotonic() - started) / 60
     metrics = evaluate_ranking(
         make_rank_fn(model), result.best_state.eval_params, split.test, max_len=model.config.max_len
     )
     best = next(h for h in result.history if h["step"] == result.best_step)
     figures = {**metrics, **{f"valid {name}": best[name] for name in METRICS}}
     figures["best_step"] = float(result.best_step or 0)
-    if not resumed:  # the minutes of a part would mislead
-        figures["minutes"] = minutes
+    figures["minutes"] = minutes
+    figures["minutes an epoch"] = minutes / len(result.history)
     return figures
+
+
+def _add_minutes(file: Path, minutes: float) -> float:
+    """Minutes that a run took so far, with those of the starts before this one."""
+    before = json.loads(file.read_text()) if file.exists() else 0.0
+    if jax.process_index() == 0:
+        file.write_text(json.dumps(before + minutes))
+    return before + minutes
 
 
 def measurements(runs: list[dict[str, float]], setting: str) -> list[dict[str, Any]]:
@@ -137,7 +145,7 @@ def measurements(runs: list[dict[str, float]], setting: str) -> list[dict[str, A
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run):
         samples = [run[name] for run in runs if name in run]
-        unit = {"minutes": "min", "best_step": "steps"}.get(name, "1")
+        unit = {"minutes": "min", "minutes an epoch": "min", "best_step": "steps"}.get(name, "1")
         rows.append(
             {
                 "metric": name,

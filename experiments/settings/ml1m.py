@@ -10,14 +10,22 @@ from jaxrec.nn import HSTUConfig, SASRecConfig
 from jaxrec.train import LossConfig, OptimizerConfig, TrainConfig
 
 DATA = Path("../shared/data/ml-1m-gsasrec")
-TRAIN = TrainConfig(
-    token_budget=4096,
-    max_sequences=128,
-    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100),
-    ema_decay=0.999,
-    num_epochs=100,
-    patience=10,
-)
+STEPS_PER_EPOCH = 245  # of all windows in batches of 4,096 tokens
+
+
+def _train(num_epochs: int) -> TrainConfig:
+    """All events of long histories, and a learning rate that falls to the end."""
+    return TrainConfig(
+        sampling="windows",
+        token_budget=4096,
+        max_sequences=128,
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, warmup_steps=100, decay_steps=num_epochs * STEPS_PER_EPOCH - 100
+        ),
+        ema_decay=0.999,
+        num_epochs=num_epochs,
+        patience=0,
+    )
 
 
 def sasrec() -> Setting:
@@ -25,7 +33,7 @@ def sasrec() -> Setting:
     return Setting(
         DATA,
         SASRecConfig(num_items=1, max_len=200, width=64, num_blocks=2, dropout=0.2),
-        TRAIN,
+        _train(10),
         published=(Published("gSASRec, checkpoint of SASRec", None, 0.1428),),
     )
 
@@ -49,10 +57,10 @@ def gsasrec() -> Setting:
 
 
 def hstu() -> Setting:
-    """HSTU with the full softmax."""
+    """HSTU of four blocks with the full softmax."""
     return Setting(
         DATA,
-        HSTUConfig(num_items=1, max_len=200, width=64, num_blocks=2, num_heads=2, dropout=0.2),
-        TRAIN,
+        HSTUConfig(num_items=1, max_len=200, width=64, num_blocks=4, num_heads=2, dropout=0.2),
+        _train(16),
         published=(Published("gSASRec, checkpoint", None, 0.1974),),
     )

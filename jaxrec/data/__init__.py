@@ -14,6 +14,7 @@ from jaxrec.data.readers import read_events_jsonl, read_movielens, read_sequence
 from jaxrec.data.samplers import PopularitySampler, UniformSampler, item_counts
 from jaxrec.data.samples import (
     SampleIndex,
+    SampleMode,
     bucket_sizes,
     cut_to_bucket,
     make_batch,
@@ -44,6 +45,7 @@ __all__ = [
     "ReadReport",
     "ResumableIterator",
     "SampleIndex",
+    "SampleMode",
     "SequenceDataset",
     "Split",
     "SplitReport",

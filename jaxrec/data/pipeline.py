@@ -144,7 +144,6 @@ class BatchIterator:
         return make_batch(
             self._samples,
             self.next_sample_ids(),
-            max_len=settings.max_len,
             token_budget=settings.token_budget,
             max_sequences=settings.max_sequences,
         )
@@ -156,7 +155,7 @@ class BatchIterator:
             raise StopIteration
         order = self._epoch_order()
         ids = order[self.position : self.position + settings.max_sequences]
-        starts, ends = self._samples.spans(ids, max_len=settings.max_len)
+        starts, ends = self._samples.spans(ids)
         tokens = np.cumsum(ends - starts)
         ids = ids[: np.searchsorted(tokens, settings.token_budget, side="right")]
         self.position += len(ids)
@@ -248,8 +247,9 @@ def training_batches(
 
     Args:
       dataset: training sequences; those with fewer than two events give no sample.
-      mode: "sequences" (a sample a user, a target at every input) or "prefixes" (a sample and
-        a target for every event but the first); see `SampleIndex`.
+      mode: "sequences" (a sample a user, a target at every input), "windows" (as many as hold all
+        of a user's events) or "prefixes" (a sample and a target for every event but the first);
+        see `SampleIndex`.
       max_len: the most inputs of a sample; at most `token_budget`.
       token_budget: T of every batch.
       max_sequences: B of every batch.
@@ -272,7 +272,7 @@ def training_batches(
         shuffle=shuffle,
         num_epochs=num_epochs,
     )
-    return TrainingBatches(SampleIndex(dataset, mode), settings, prefetch)
+    return TrainingBatches(SampleIndex(dataset, mode, max_len), settings, prefetch)
 
 
 def eval_batches(

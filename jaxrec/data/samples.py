@@ -12,60 +12,69 @@ from jaxrec.data.dataset import SequenceDataset, concatenated_ranges, offsets_of
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.typing import PADDING_ID
 
-type SampleMode = Literal["sequences", "prefixes"]
+type SampleMode = Literal["sequences", "windows", "prefixes"]
 
 
 @dataclass(frozen=True, eq=False)
 class SampleIndex:
     """Numbers the training samples of a dataset without copying a token.
 
-    In mode "sequences" every sequence with at least two events is one sample: its inputs are all
-    events but the last, and every input has a target, the event behind it. In mode "prefixes"
-    every event but a sequence's first is a sample: it is the only target, everything before it
-    is input. Samples are numbered in the order of their last token.
+    In mode "sequences" every sequence with at least two events is one sample: its inputs are the
+    last `max_len` events before the last, and every input has a target, the event behind it. Mode
+    "windows" leaves nothing of longer sequences out: from the end, they are cut into as many such
+    samples as it takes. In mode "prefixes" every event but a sequence's first is a sample: it is
+    the only target, the `max_len` events before it are input. Samples are numbered in the order of
+    their last token.
 
     Memory: 8 bytes a sequence.
     """
 
     dataset: SequenceDataset
     mode: SampleMode
+    max_len: int
 
     def __post_init__(self):
-        if self.mode not in ("sequences", "prefixes"):
-            raise ValueError(f"mode is {self.mode!r}; expected 'sequences' or 'prefixes'.")
+        if self.mode not in ("sequences", "windows", "prefixes"):
+            raise ValueError(
+                f"mode is {self.mode!r}; expected 'sequences', 'windows' or 'prefixes'."
+            )
+        if self.max_len < 1:
+            raise ValueError(f"max_len is {self.max_len}; expected at least 1.")
 
     @cached_property
     def _offsets(self) -> np.ndarray:
         per_sequence = np.maximum(self.dataset.lengths - 1, 0)
         if self.mode == "sequences":
             per_sequence = np.minimum(per_sequence, 1)
+        elif self.mode == "windows":
+            per_sequence = -(-per_sequence // self.max_len)
         return offsets_of(per_sequence)
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
 
     def spans(
-        self, sample_ids: Int[np.ndarray, "S"], *, max_len: int
+        self, sample_ids: Int[np.ndarray, "S"]
     ) -> tuple[Int64[np.ndarray, "S"], Int64[np.ndarray, "S"]]:
         """Where the inputs of samples lie in `dataset.item_ids`: starts, and ends (exclusive).
 
-        Only the last `max_len` inputs are taken. The token at `end` is the last target.
+        The token at `end` is the last target.
         """
         offsets = self._offsets
         rows = np.searchsorted(offsets, sample_ids, side="right") - 1
         starts = self.dataset.seq_offsets[rows]
-        if self.mode == "sequences":
-            ends = self.dataset.seq_offsets[rows + 1] - 1
-        else:
+        if self.mode == "prefixes":
             ends = starts + (sample_ids - offsets[rows]) + 1
-        return np.maximum(starts, ends - max_len), ends
+        else:
+            later = offsets[rows + 1] - 1 - sample_ids  # windows of the same sequence
+            ends = self.dataset.seq_offsets[rows + 1] - 1 - later * self.max_len
+        return np.maximum(starts, ends - self.max_len), ends
 
 
 def make_batch(
     samples: SampleIndex,
     sample_ids: Sequence[int] | Int[np.ndarray, "S"],
     *,
-    max_len: int,
     token_budget: int,
     max_sequences: int,
 ) -> JaggedBatch:
@@ -74,13 +83,12 @@ def make_batch(
     Args:
       samples: the numbered samples.
       sample_ids: numbers in [0, len(samples)).
-      max_len: the most inputs of a sample; earlier ones are cut.
       token_budget: T, the token slots of the batch.
       max_sequences: B, the sequences of the batch.
 
     Returns:
-      a batch of NumPy arrays. M is `token_budget` in mode "sequences" (targets follow the tokens
-      one to one) and `max_sequences` in mode "prefixes" (target b belongs to sequence b).
+      a batch of NumPy arrays. M is `max_sequences` in mode "prefixes" (target b belongs to sequence
+      b), otherwise `token_budget` (targets follow the tokens one to one).
 
     Raises:
       ValueError: a sample number out of range, more samples or tokens than fit.
@@ -91,12 +99,12 @@ def make_batch(
     if len(ids) and not (ids.min() >= 0 and ids.max() < len(samples)):
         bad = ids[(ids < 0) | (ids >= len(samples))][0]
         raise ValueError(f"sample {bad} does not exist; there are {len(samples)} samples.")
-    starts, ends = samples.spans(ids, max_len=max_len)
+    starts, ends = samples.spans(ids)
     tokens, packed = _pack(
         samples.dataset, starts, ends, token_budget=token_budget, max_sequences=max_sequences
     )
     following = samples.dataset.item_ids
-    if samples.mode == "sequences":
+    if samples.mode != "prefixes":
         positions = np.arange(len(tokens), dtype=np.int32)
         return _with_targets(packed, positions, following[tokens + 1], slots=token_budget)
     last = np.asarray(packed.seq_offsets)[1 : len(ids) + 1] - 1

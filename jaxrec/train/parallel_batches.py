@@ -58,7 +58,6 @@ class GlobalBatches:
         return make_batch(
             self._samples,
             np.concatenate(parts),
-            max_len=settings.max_len,
             token_budget=len(parts) * settings.token_budget,
             max_sequences=len(parts) * settings.max_sequences,
         )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from jaxrec.data import (
     EvalSet,
     PopularitySampler,
     PrefetchIterator,
+    SampleMode,
     Split,
     TrainingBatches,
     bucket_sizes,
@@ -42,7 +43,9 @@ class TrainConfig:
     """How a sequence model is trained.
 
     Attributes:
-      sampling: "sequences" (a target at every position) or "prefixes" (one sample a prefix).
+      sampling: "sequences" (the last max_len events of each, a target at every position),
+        "windows" (all events of longer sequences, in several samples) or "prefixes" (one sample a
+        prefix).
       token_budget: token slots of a batch.
       max_sequences: sequences of a batch at most.
       token_buckets: batches are cut to the first of so many sizes that holds their tokens:
@@ -61,7 +64,7 @@ class TrainConfig:
       seed: of the order of samples, dropout and negatives; the model has its own.
     """
 
-    sampling: Literal["sequences", "prefixes"] = "sequences"
+    sampling: SampleMode = "sequences"
     token_budget: int = 1024
     max_sequences: int = 256
     loss: LossConfig = field(default_factory=LossConfig)

@@ -23,7 +23,7 @@ from jaxrec.data import (
 )
 from jaxrec.ops.jagged import JaggedBatch
 
-MODES = st.sampled_from(["sequences", "prefixes"])
+MODES = st.sampled_from(["sequences", "windows", "prefixes"])
 SEQUENCES = st.lists(st.lists(st.integers(1, 30), max_size=7), min_size=1, max_size=12).filter(
     lambda sequences: any(len(sequence) >= 2 for sequence in sequences)
 )
@@ -87,6 +87,9 @@ def test_an_epoch_holds_every_sample_once_within_both_budgets(
     for s in sequences:
         if mode == "prefixes":
             expected += [(tuple(s[:e][-max_len:]), (s[e],)) for e in range(1, len(s))]
+        elif mode == "windows":
+            spans = [(max(0, end - max_len), end) for end in range(len(s) - 1, 0, -max_len)]
+            expected += [(tuple(s[a:b]), tuple(s[a + 1 : b + 1])) for a, b in spans]
         elif len(s) >= 2:
             expected.append((tuple(s[:-1][-max_len:]), tuple(s[1:][-max_len:])))
     assert samples_in(packed) == sorted(expected)
@@ -289,7 +292,7 @@ except ValueError as error:
         "3",
         "to_grain needs grain: install jaxrec[data].",
         "read_table needs polars: install jaxrec[data].",
-        "mode is 'words'; expected 'sequences' or 'prefixes'.",
+        "mode is 'words'; expected 'sequences', 'windows' or 'prefixes'.",
     ], run.stderr
 
 

@@ -11,7 +11,7 @@ from jaxrec.data import SampleIndex, SequenceDataset, make_batch, make_query_bat
 from jaxrec.ops.jagged import JaggedBatch
 
 SEQUENCES = st.lists(st.lists(st.integers(1, 9), max_size=8), max_size=6)
-MODES = st.sampled_from(["sequences", "prefixes"])
+MODES = st.sampled_from(["sequences", "windows", "prefixes"])
 
 
 def make(sequences: list[list[int]]) -> SequenceDataset:
@@ -28,6 +28,10 @@ def naive_samples(sequences, mode, max_len):
             samples.append(
                 (sequence[:-1][-max_len:], times[:-1][-max_len:], sequence[1:][-max_len:])
             )
+        if mode == "windows":
+            ends = range(len(sequence) - 1, 0, -max_len)
+            spans = [(max(0, end - max_len), end) for end in reversed(ends)]
+            samples += [(sequence[a:b], times[a:b], sequence[a + 1 : b + 1]) for a, b in spans]
         if mode == "prefixes":
             for end in range(1, len(sequence)):
                 inputs = sequence[:end][-max_len:]
@@ -46,7 +50,7 @@ def unpack(batch: JaggedBatch, mode) -> list[tuple[list[int], list[int], list[in
             inside = real & (batch.target_positions >= start) & (batch.target_positions < end)
             targets = batch.target_ids[inside].tolist()
             positions = batch.target_positions[inside].tolist()
-            assert positions == (list(range(start, end)) if mode == "sequences" else [end - 1])
+            assert positions == ([end - 1] if mode == "prefixes" else list(range(start, end)))
             found.append((inputs, batch.timestamps[start:end].tolist(), targets))
     return found
 
@@ -54,23 +58,23 @@ def unpack(batch: JaggedBatch, mode) -> list[tuple[list[int], list[int], list[in
 @settings(deadline=None, max_examples=100)
 @given(sequences=SEQUENCES, mode=MODES, max_len=st.integers(1, 9), data=st.data())
 def test_batches_equal_the_naive_reference(sequences, mode, max_len, data):
-    samples = SampleIndex(make(sequences), mode)
+    samples = SampleIndex(make(sequences), mode, max_len)
     expected = naive_samples(sequences, mode, max_len)
     assert len(samples) == len(expected)
     numbers = st.integers(0, len(samples) - 1) if len(samples) else st.nothing()
     ids = data.draw(st.lists(numbers, max_size=5 if len(samples) else 0))
     budget, slots = 5 * 9, 6
-    batch = make_batch(samples, ids, max_len=max_len, token_budget=budget, max_sequences=slots)
+    batch = make_batch(samples, ids, token_budget=budget, max_sequences=slots)
     assert unpack(batch, mode) == [expected[i] for i in ids]
 
     used = sum(len(expected[i][0]) for i in ids)
-    targets = budget if mode == "sequences" else slots
+    targets = slots if mode == "prefixes" else budget
     assert [len(field) for field in batch] == [budget, slots + 1, targets, targets, budget]
     assert all(field.dtype == np.int32 for field in batch)
     assert batch.seq_offsets[-1] == used
     assert not batch.item_ids[used:].any()
     assert not batch.timestamps[used:].any()
-    assert (np.asarray(batch.target_ids) != 0).sum() == (used if mode == "sequences" else len(ids))
+    assert (np.asarray(batch.target_ids) != 0).sum() == (len(ids) if mode == "prefixes" else used)
 
 
 @settings(deadline=None, max_examples=50)
@@ -111,9 +115,9 @@ def test_an_empty_history_is_named():
     ],
 )
 def test_batches_that_cannot_be(ids, budget, slots, message):
-    samples = SampleIndex(make([[1, 2, 3, 4], [5, 6, 7]]), "prefixes")
+    samples = SampleIndex(make([[1, 2, 3, 4], [5, 6, 7]]), "prefixes", 9)
     with pytest.raises(ValueError, match=message):
-        make_batch(samples, ids, max_len=9, token_budget=budget, max_sequences=slots)
+        make_batch(samples, ids, token_budget=budget, max_sequences=slots)
 
 
 def test_bad_rows():
@@ -124,11 +128,11 @@ def test_bad_rows():
 def test_256_prefixes_take_about_a_millisecond_at_most():
     rng = np.random.default_rng(0)
     dataset = SequenceDataset.from_sequences(rng.integers(1, 100, (500, 60)).tolist(), num_items=99)
-    samples = SampleIndex(dataset, "prefixes")
+    samples = SampleIndex(dataset, "prefixes", 50)
     ids = rng.integers(len(samples), size=256)
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        make_batch(samples, ids, max_len=50, token_budget=12_800, max_sequences=256)
+        make_batch(samples, ids, token_budget=12_800, max_sequences=256)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 2e-3  # 0.1 ms in itself; the rest is for the type checks and slow hosts
