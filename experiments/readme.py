@@ -35,7 +35,12 @@ def accuracy_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def _minutes(figures: Mapping[str, Any], cores: int) -> str:
-    return f"{figures['minutes']['value']:.1f} ({cores})" if "minutes" in figures else "-"
+    if "minutes" not in figures:
+        return "-"
+    shown = f"{figures['minutes']['value']:.1f} ({cores})"
+    if "minutes an epoch" in figures:
+        shown += f", {60 * figures['minutes an epoch']['value']:.0f} s an epoch"
+    return shown
 
 
 def accuracy_section_markdown() -> str:
@@ -45,9 +50,10 @@ def accuracy_section_markdown() -> str:
         return "Nothing recorded yet."
     env = results[-1]["env"]
     versions = ", ".join(f"{name} {env[name]}" for name in ("jax", "flax", "python"))
+    machines = " and ".join(sorted({result["env"]["device_kind"] for result in results}))
     return (
         f"{report.table_markdown(accuracy_rows(results))}\n\n"
-        f"Measured on {env['device_kind']} ({versions}) with "
+        f"Measured on {machines} ({versions}) with "
         "`python -m experiments.train_sequence <setting> --seeds …`; each result file names its "
         "command, commit and data hash. Minutes are wall time on so many cores of a machine that "
         "was doing other work as well."
