@@ -81,7 +81,7 @@ def hstu_attention(
 
     def problem():
         both = position_bias is not None and time_bias is not None
-        return kernel_problem(q, v, both_biases=both)
+        return kernel_problem(q, k, v, both_biases=both)
 
     chosen = resolve("hstu_attention", backend, problem, wgmma=True)
     scale = jnp.asarray(1 / max_len if attn_scale is None else attn_scale, jnp.float32)

@@ -60,7 +60,7 @@ def hstu_attention_cached(
 
     def problem():
         both = position_bias is not None and time_bias is not None
-        return kernel_problem(q, v, both_biases=both)
+        return kernel_problem(q, k, v, both_biases=both)
 
     chosen = resolve("hstu_attention_cached", backend, problem, wgmma=True)
     q, k, v, position_bias, time_bias = _without_gradient((q, k, v, position_bias, time_bias))
