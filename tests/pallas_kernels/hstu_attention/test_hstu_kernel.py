@@ -25,7 +25,16 @@ BUCKETS = 20
 
 
 def arguments(
-    lengths, *, qk_width=64, v_width=64, heads=1, position=False, times=False, seed=0, max_len=200
+    lengths,
+    *,
+    qk_width=64,
+    v_width=64,
+    heads=1,
+    position=False,
+    times=False,
+    seed=0,
+    max_len=200,
+    dtype: Any = jnp.bfloat16,
 ) -> dict[str, Any]:
     """Arrays of the op; behind the last sequence three slots hold large values."""
     rng = np.random.default_rng(seed)
@@ -34,7 +43,7 @@ def arguments(
     def normal(width):
         x = rng.standard_normal((num_tokens, heads, width))
         x[sum(lengths) :] = 1e4
-        return np.asarray(x, jnp.bfloat16)
+        return np.asarray(x, dtype)
 
     table = lambda size: rng.standard_normal((heads, size)).astype(np.float32)  # noqa: E731
     return {
@@ -59,7 +68,7 @@ def call_of(arrays, mask=Mask(), max_len=200):  # noqa: B008
 
 
 def expected(arrays, mask):
-    """(out, gradients of q, k, v and the biases), dense and in f32 of the same inputs."""
+    """(out, gradients of q, k, v and the biases), dense and in float64 of the same inputs."""
     offsets, num_tokens = arrays["offsets"], len(arrays["q"])
     dense = dense_mask(
         offsets,
@@ -85,17 +94,29 @@ def expected(arrays, mask):
         )
 
     used = np.arange(num_tokens)[:, None, None] < offsets[-1]
-    wide = [np.where(used, arrays[name], 0).astype(np.float32) for name in ("q", "k", "v")]
-    d_out = np.where(used, arrays["d_out"], 0).astype(np.float32)
-    out, pull = jax.vjp(op, *wide, arrays["position_bias"], arrays["time_bias"])
-    return out, *pull(jnp.asarray(d_out))
+    rows = [np.where(used, arrays[name], 0) for name in ("d_out", "q", "k", "v")]
+    with jax.enable_x64(True):
+        inputs = (*rows, arrays["position_bias"], arrays["time_bias"])
+        d_out, *wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), inputs)
+        out, pull = jax.vjp(op, *wide)
+        return jax.tree.map(np.asarray, (out, *pull(d_out)))
 
 
 def close(got, want, tolerance=2e-2):
     assert (got is None) == (want is None)
     if want is not None:
-        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        got = np.asarray(got, np.float64)
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+def close_in_f32(results, wanted):
+    """The result to 2e-5, its gradients to 1e-4."""
+    for n, (got, want) in enumerate(zip(results, wanted, strict=True)):
+        assert (got is None) == (want is None)
+        if want is not None:
+            tolerance = 1e-4 if n else 2e-5
+            assert got.dtype == np.float32
+            np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
 
 
 CASES = [
@@ -119,6 +140,26 @@ def test_simulated_op_equals_the_dense_formula_without_races(case):
         close(got, want)
     for rows in results[:4]:
         assert not np.asarray(rows[sum(lengths) :]).any(), "slots behind the last sequence"
+
+
+F32_CASES = [
+    ([65, 0, 1, 200, 63, 64], None, Mask(), {"v_width": 32}),
+    ([65, 130], [0, 3], Mask(0, 2, 0), {"qk_width": 32, "position": True, "times": True}),
+    # So wide that a program takes 64 rows at a time, and keys and values have a kernel each.
+    ([70, 129], [10, 70], Mask(50, 3, 20), {"qk_width": 128, "v_width": 128, "position": True}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(F32_CASES)))
+def test_simulated_op_in_f32_is_near_the_dense_formula_in_float64(case):
+    lengths, targets, mask, options = F32_CASES[case]
+    arrays = arguments(lengths, **options, dtype=np.float32)
+    arrays["num_targets"] = None if targets is None else np.asarray(targets, np.int32)
+    [results] = simulate(CALL, [call_of(arrays, mask)], timeout_s=280)
+    close_in_f32(results, expected(arrays, mask))
+    for rows in results[:4]:
+        assert not rows[sum(lengths) :].any(), "slots behind the last sequence"
 
 
 @pytest.mark.slow
