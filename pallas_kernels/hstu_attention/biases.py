@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.hstu_attention.operands import Buffer
 from pallas_kernels.hstu_attention.ref import time_bucket
+from pallas_kernels.hstu_attention.sizes import Buffer
 from pallas_kernels.hstu_attention.tiles import TILE, Shape
 from pallas_kernels.hstu_attention.walk import BY_COLUMN, BY_ROW, SCORES, Own, Work
 
@@ -73,6 +73,21 @@ def _distances(max_len: int, by_keys: bool) -> Int32[Array, "N 64 64"]:
     tiles = TILE * jnp.arange(-1, (max_len - 1) // TILE + 1, dtype=jnp.int32)
     inside = inside.T if by_keys else inside
     return jnp.clip(tiles[:, None, None] + inside, 0, max_len - 1)
+
+
+def by_distance(tiles: Float32[Array, "H C 64 64"], distances: int) -> Float32[Array, "H L"]:
+    """Sums of all pairs at each distance; those that look ahead count as distance 0."""
+    heads = tiles.shape[0]
+    back, ahead = tiles[:, :distances], tiles[:, distances:]
+    # Rows of 128 read as rows of 127 move each row one place to the right of the row before.
+    wide = jnp.pad(back[..., ::-1], ((0, 0), (0, 0), (0, 0), (0, TILE)))
+    wide = wide.reshape(heads, distances, -1)[..., : TILE * (2 * TILE - 1)]
+    diagonals = jnp.sum(wide.reshape(heads, distances, TILE, 2 * TILE - 1), axis=2)
+    before, own = diagonals[..., : TILE - 1], diagonals[..., TILE - 1 :]
+    # What lies before a tile's distance belongs to the tile before.
+    own = own.at[:, :-1, 1:].add(before[:, 1:])
+    looks_ahead = jnp.sum(before[:, 0], axis=1) + jnp.sum(ahead, axis=(1, 2, 3))
+    return own.at[:, 0, 0].add(looks_ahead).reshape(heads, -1)
 
 
 @dataclass(frozen=True)

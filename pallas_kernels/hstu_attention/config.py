@@ -17,7 +17,8 @@ class HstuConfig:
       programs: thread blocks of each kernel; 132 is one for each multiprocessor of an H200.
       aligned: promises that every sequence starts at a multiple of 8 slots, and that the slots
         behind the last one hold finite values. The kernels then read and write q, k, v and out
-        where they are instead of in copies. Results are NaN where a sequence starts elsewhere.
+        where they are instead of in copies, but for what they read in f32. Results are NaN where a
+        sequence starts elsewhere.
     """
 
     programs: int = 132
@@ -28,7 +29,7 @@ class HstuConfig:
             raise ValueError(f"HstuConfig.programs is {self.programs}; expected at least 1")
 
 
-def kernel_problem(q, k, v, *, both_biases: bool = False) -> str | None:
+def kernel_problem(q, k, v) -> str | None:
     """What keeps the kernels from these arguments, whose last axis is the heads' width, or None."""
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"q is {q.dtype}; the kernels multiply bfloat16 and float32"
@@ -47,6 +48,4 @@ def kernel_problem(q, k, v, *, both_biases: bool = False) -> str | None:
             f"the heads of q and v are {widths[0]} and {widths[1]} wide; in float32 the kernels "
             f"have shared memory for {MAX_F32_WIDTHS} together"
         )
-    if both_biases and sum(widths) == 2 * MAX_WIDTH:
-        return f"heads of {MAX_WIDTH} and {MAX_WIDTH} leave no shared memory for both biases"
     return None

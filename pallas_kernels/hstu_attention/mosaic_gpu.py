@@ -19,7 +19,8 @@ from pallas_kernels._parts import num_parts
 from pallas_kernels.hstu_attention import walk as walking
 from pallas_kernels.hstu_attention.biases import BiasArrays, Biases, bias_arrays
 from pallas_kernels.hstu_attention.config import HstuConfig
-from pallas_kernels.hstu_attention.operands import Operand, copy_rows, matrix, multiply, split
+from pallas_kernels.hstu_attention.operands import Operand, copy_rows, multiply, split
+from pallas_kernels.hstu_attention.sizes import Walk, fitting, matrix
 from pallas_kernels.hstu_attention.tiles import (
     TILE,
     Mask,
@@ -30,7 +31,7 @@ from pallas_kernels.hstu_attention.tiles import (
     pack,
     to_rows,
 )
-from pallas_kernels.hstu_attention.walk import BY_ROW, SCORES, Walk
+from pallas_kernels.hstu_attention.walk import BY_ROW, SCORES
 
 _PIECE = 16  # columns that are masked at once
 
@@ -131,7 +132,7 @@ def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
         biases.load_tile(arrays, work, position, copy, 2)
 
     def compute(work, own, loop, finished):
-        own_weights = walk.weight(weights, own)
+        own_weights = Operand(weights.at[own.warpgroup, 0], walk.parts)
 
         def sums(accumulator):
             def tile(position, resident, streamed, free):
@@ -209,7 +210,7 @@ def attend(
             cached=cached,
         )
 
-    walk = walking.fitting(walk_of)
+    walk = fitting(walk_of)
     works = works_of(walk.rows)
     return walking.call(
         walk,

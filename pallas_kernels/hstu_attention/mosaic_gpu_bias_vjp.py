@@ -18,20 +18,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 
-from pallas_kernels.hstu_attention.biases import MAX_BUCKETS, BiasArrays, Biases, Elapsed
+from pallas_kernels.hstu_attention.biases import (
+    MAX_BUCKETS,
+    BiasArrays,
+    Biases,
+    Elapsed,
+    by_distance,
+)
 from pallas_kernels.hstu_attention.mosaic_gpu import masked, products, silu_and_slope, split_biases
 from pallas_kernels.hstu_attention.operands import (
-    Buffer,
     Operand,
     compiler_params,
     copier,
-    copies,
     copy_rows,
-    line_of,
-    matrix,
-    most_stages,
     unknown_zero,
 )
+from pallas_kernels.hstu_attention.sizes import Buffer, copies, line_of, matrix, most_stages
 from pallas_kernels.hstu_attention.tiles import TILE, Mask, Packing, Shape, Tiles, list_tiles
 from pallas_kernels.hstu_attention.walk import (
     BY_ROW,
@@ -391,18 +393,3 @@ def _call(plan: _Plan, tiles: Tiles, q, k, v, d_out, arrays: BiasArrays):
         )
     )
     return next(out) if biases.tiles else None, next(out) if biases.buckets else None
-
-
-def by_distance(tiles: Float32[Array, "H C 64 64"], distances: int) -> Float32[Array, "H L"]:
-    """Sums of all pairs at each distance; those that look ahead count as distance 0."""
-    heads = tiles.shape[0]
-    back, ahead = tiles[:, :distances], tiles[:, distances:]
-    # Rows of 128 read as rows of 127 move each row one place to the right of the row before.
-    wide = jnp.pad(back[..., ::-1], ((0, 0), (0, 0), (0, 0), (0, TILE)))
-    wide = wide.reshape(heads, distances, -1)[..., : TILE * (2 * TILE - 1)]
-    diagonals = jnp.sum(wide.reshape(heads, distances, TILE, 2 * TILE - 1), axis=2)
-    before, own = diagonals[..., : TILE - 1], diagonals[..., TILE - 1 :]
-    # What lies before a tile's distance belongs to the tile before.
-    own = own.at[:, :-1, 1:].add(before[:, 1:])
-    looks_ahead = jnp.sum(before[:, 0], axis=1) + jnp.sum(ahead, axis=(1, 2, 3))
-    return own.at[:, 0, 0].add(looks_ahead).reshape(heads, -1)

@@ -20,7 +20,8 @@ from pallas_kernels.hstu_attention.biases import Biases, bias_arrays
 from pallas_kernels.hstu_attention.config import HstuConfig
 from pallas_kernels.hstu_attention.mosaic_gpu import masked, products, silu_and_slope, split_biases
 from pallas_kernels.hstu_attention.mosaic_gpu_bias_vjp import bias_gradients
-from pallas_kernels.hstu_attention.operands import Operand, copy_rows, matrix, multiply, split
+from pallas_kernels.hstu_attention.operands import Operand, copy_rows, multiply, split
+from pallas_kernels.hstu_attention.sizes import Walk, fitting, matrix
 from pallas_kernels.hstu_attention.tiles import (
     TILE,
     Mask,
@@ -29,7 +30,6 @@ from pallas_kernels.hstu_attention.tiles import (
     pack,
     to_rows,
 )
-from pallas_kernels.hstu_attention.walk import Walk
 
 _PIECE = 16  # columns
 _MAX_WIDTHS = 128  # of keys and values, up to which the registers hold the sums of both gradients
@@ -72,7 +72,7 @@ def _query_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biase
         biases.load_tile(arrays, work, position, copy, 2)
 
     def compute(work, own, loop, finished):
-        own_weights = walk.weight(weights, own)
+        own_weights = Operand(weights.at[own.warpgroup, 0], walk.parts)
 
         def sums(accumulator):
             def tile(position, resident, streamed, free):
@@ -134,6 +134,10 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
         biases.load_tile(arrays, work, position, copy, 2)
 
     def compute(work, own, loop, finished):
+        own_weights = [
+            Operand(weights.at[own.warpgroup, n], walk.parts) for n in range(walk.weights)
+        ]
+
         def sums(*accumulators):
             def tile(position, resident, streamed, free):
                 own_rows = [
@@ -156,14 +160,12 @@ def _key_kernel(fields, used, q, k, v, d_out, *refs, walk: Walk, biases: Biases,
                 (*values,), *d_weights = products(pairs, weigh, late=walk.is_tight)
                 if with_keys:
                     values[0] = _times(d_weights[0], values[0])
-                for n, value in enumerate(values):
-                    walk.weight(weights, own, n).put(value)
+                for operand, value in zip(own_weights, values, strict=True):
+                    operand.put(value)
                 plgpu.commit_smem()
                 operands = [queries] * with_keys + [d_outs] * with_values
-                for n, (accumulator, operand) in enumerate(
-                    zip(accumulators, operands, strict=True)
-                ):
-                    multiply(accumulator, walk.weight(weights, own, n), operand)
+                for n, accumulator in enumerate(accumulators):
+                    multiply(accumulator, own_weights[n], operands[n])
 
             loop(tile)
             return [accumulator[...] for accumulator in accumulators]
@@ -205,16 +207,16 @@ def backward(
 ]:
     """Gradients of q, k, v and the biases, for that of `mosaic_gpu.forward`."""
     num_tokens, heads, width = q.shape
-    v_width, parts = v.shape[2], num_parts(q.dtype)
+    v_width, dtype, parts = v.shape[2], q.dtype, num_parts(q.dtype)
     packing = pack(offsets.astype(jnp.int32), num_targets, num_tokens, aligned=config.aligned)
-    operands = [split(to_rows(x, packing)) for x in (q, k, v, d_out)]
+    q, k, v, d_out = (split(to_rows(x, packing)) for x in (q, k, v, d_out))
     times = None if timestamps is None else to_rows(timestamps, packing)
     buckets = 0 if time_bias is None else time_bias.shape[1]
 
     both = (width, v_width)
 
     def run(name, kernel, widths, *, by_keys, resident, weights, **static):
-        arrays = bias_arrays(position_bias, times, time_bias, dtype=q.dtype, by_keys=by_keys)
+        arrays = bias_arrays(position_bias, times, time_bias, dtype=dtype, by_keys=by_keys)
         biases = Biases.of(arrays, alpha, buckets, by_keys=by_keys)
 
         def walk_of(rows):
@@ -232,15 +234,15 @@ def backward(
                 sums=sum(widths),
             )
 
-        walk = walking.fitting(walk_of)
+        walk = fitting(walk_of)
         works = list_works(packing, mask, num_tokens, rows=walk.rows, by_keys=by_keys)
         out = walking.call(
             walk,
             functools.partial(kernel, walk=walk, biases=biases, **static),
-            [jax.ShapeDtypeStruct((*operands[0].shape[:2], n), q.dtype) for n in widths],
+            [jax.ShapeDtypeStruct((*q.shape[:2], n), dtype) for n in widths],
             works.fields,
             works.used,
-            *operands,
+            *(q, k, v, d_out),
             *(array for array in arrays if array is not None),
         )
         return [from_rows(x, packing) for x in out]
@@ -262,12 +264,15 @@ def backward(
             weights=1,
             wanted="v",
         )
-    arrays = bias_arrays(position_bias, times, time_bias, dtype=q.dtype)
+    arrays = bias_arrays(position_bias, times, time_bias, dtype=dtype)
     biases = Biases.of(arrays, alpha, buckets)
     d_position = d_time = None
     if biases.tiles or biases.buckets:
         d_position, d_time = bias_gradients(
-            *operands,
+            q,
+            k,
+            v,
+            d_out,
             packing,
             arrays,
             biases,

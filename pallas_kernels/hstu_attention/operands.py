@@ -1,8 +1,6 @@
 """Matrices in shared memory, multiplied in bf16 or, for f32, as three bf16 parts of each value."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +12,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _parts
 from pallas_kernels._parts import PRODUCTS, nth_product
 
-SHARED_BYTES = 224 * 1024  # of 227 KiB; barriers and reductions take the rest
-_SHARED_MULTIPLE = 1024  # where the compiler lets a buffer start
-_MAX_STAGES = 4
-
 
 def compiler_params(parts: int) -> plgpu.CompilerParams:
     """Of a kernel whose operands have that many parts."""
@@ -28,45 +22,6 @@ def compiler_params(parts: int) -> plgpu.CompilerParams:
         # which the simulator does not see.
         reduction_scratch_bytes=0,
     )
-
-
-def swizzled(shape: Sequence[int], line: int, dtype: Any = jnp.bfloat16) -> Any:
-    """Shared memory as TMA and wgmma want it, in lines of that many columns (32 … 128 bytes)."""
-    return plgpu.SMEM(
-        tuple(shape),
-        dtype,
-        transforms=(
-            plgpu.TilingTransform((8, line)),  # pyright: ignore[reportAbstractUsage]
-            plgpu.SwizzleTransform(  # pyright: ignore[reportAbstractUsage]
-                line * jnp.dtype(dtype).itemsize
-            ),
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """One operand in shared memory; matrices are bf16 and vectors i32 or f32."""
-
-    shape: tuple[int, ...]
-    dtype: Any = jnp.bfloat16
-    copies: int = 1
-
-    def num_bytes(self, slots: int) -> int:
-        """Of `slots` blocks."""
-        own = slots * math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
-        return -(-own // _SHARED_MULTIPLE) * _SHARED_MULTIPLE
-
-    def memory(self, slots: int, line: int) -> Any:
-        """`slots` blocks."""
-        if self.dtype == jnp.bfloat16:
-            return swizzled((slots, *self.shape), line)
-        return plgpu.SMEM((slots, *self.shape), self.dtype)
-
-
-def matrix(rows: int, width: int, parts: int) -> Buffer:
-    """Of a matrix, or of its parts one behind the other."""
-    return Buffer((rows, width) if parts == 1 else (parts, rows, width), copies=parts)
 
 
 def split(values: jax.Array) -> jax.Array:
@@ -85,25 +40,6 @@ def copy_rows(
     width = source.shape[2] // parts
     for part in range(parts):
         copy(source.at[rows, head, pl.ds(part * width, width)], n, part)
-
-
-def line_of(buffers: Sequence[Buffer]) -> int:
-    """Columns of a line of shared memory, of which all operands of a product have the same."""
-    matrices = [buffer.shape for buffer in buffers if buffer.shape[1:]]
-    return min(64 if shape[-1] % 64 == 0 else 32 for shape in matrices)
-
-
-def most_stages(streamed: Sequence[Buffer], other_bytes: int) -> int:
-    """Stages of a ring that fit beside `other_bytes`; 0 if not even one does."""
-    for stages in range(_MAX_STAGES, 0, -1):
-        if sum(buffer.num_bytes(stages) for buffer in streamed) + other_bytes <= SHARED_BYTES:
-            return stages
-    return 0
-
-
-def copies(buffers: Sequence[Buffer]) -> int:
-    """Arrivals that fill a slot of these."""
-    return sum(buffer.copies for buffer in buffers)
 
 
 def copier(buffers: Sequence[Any], slot: Any, barrier: Any) -> Callable[..., None]:

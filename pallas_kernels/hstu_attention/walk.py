@@ -5,9 +5,7 @@ rows), then tile after tile of 64 rows of what it meets (`streamed`), through a 
 from work to work. The others, two or one, compute 64 of the work's rows each.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -16,120 +14,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hstu_attention.operands import (
-    SHARED_BYTES,
-    Buffer,
-    Operand,
-    compiler_params,
-    copier,
-    copies,
-    line_of,
-    matrix,
-    most_stages,
-    swizzled,
-    unknown_zero,
-)
-from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, WORK, Mask, Runs, Shape
+from pallas_kernels.hstu_attention.operands import compiler_params, copier, unknown_zero
+from pallas_kernels.hstu_attention.sizes import Walk, copies
+from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, Runs, Shape
 
 _PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 40, 232  # for each thread of a warpgroup; 504 of three
-_WIDE = 128  # columns of sums, from which on registers are short
-_F32_LINE = 16  # columns of f32 results that leave the registers at once
 SCORES = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = SCORES.reduce(1), SCORES.reduce(0)
-
-
-@dataclass(frozen=True)
-class Walk:
-    """Static sizes of one kernel.
-
-    Attributes:
-      name: of the kernel.
-      heads: H; work w is head w mod H of its rows.
-      programs: thread blocks.
-      mask: which tiles count.
-      by_keys: works are keys that meet tiles of queries, not queries that meet tiles of keys.
-      resident: blocks that a work keeps.
-      streamed: blocks of a stage of the ring.
-      rows: of a work, `TILE` for each warpgroup that computes.
-      parts: of each operand (`operands.split`).
-      weights: matrices [64, 64] that a warpgroup hands to the tensor cores through shared memory.
-      sums: columns that a warpgroup sums up in registers.
-      cached: what works meet stands in rows of its own; a fifth field tells where they start.
-    """
-
-    name: str
-    heads: int
-    programs: int
-    mask: Mask
-    by_keys: bool
-    resident: tuple[Buffer, ...]
-    streamed: tuple[Buffer, ...]
-    rows: int
-    parts: int
-    weights: int
-    sums: int
-    cached: bool = False
-
-    @property
-    def warpgroups(self) -> int:
-        """That compute."""
-        return self.rows // TILE
-
-    @property
-    def line(self) -> int:
-        """Columns of a line of shared memory, of which all operands of a product have the same."""
-        return line_of(self.resident + self.streamed)
-
-    @property
-    def is_tight(self) -> bool:
-        """Whether sums, or values that stay in f32, leave few registers for anything else."""
-        return self.sums > _WIDE or self.parts > 1
-
-    @property
-    def weight_memory(self) -> Any:
-        """Of the weights, by warpgroup."""
-        shape = matrix(TILE, TILE, self.parts).shape
-        return swizzled((self.warpgroups, self.weights, *shape), self.line)
-
-    @property
-    def staging_memory(self) -> Any:
-        """Of results on their way out; None where they leave through the weights' memory."""
-        if self.parts > 1:
-            return swizzled((self.warpgroups, TILE, _F32_LINE), _F32_LINE, jnp.float32)
-        if self.line == TILE:
-            return None
-        return swizzled((self.warpgroups, TILE, self.line), self.line)
-
-    def _shared_bytes(self, slots: int, stages: int) -> int:
-        own = [self.weight_memory, self.staging_memory]
-        return (
-            sum(buffer.num_bytes(slots) for buffer in self.resident)
-            + sum(buffer.num_bytes(stages) for buffer in self.streamed)
-            + sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in own if x is not None)
-        )
-
-    @property
-    def stages(self) -> int:
-        """Of the ring: as many as fit beside one work's residents, at most four; 0 for too wide."""
-        return most_stages(self.streamed, self._shared_bytes(1, 0))
-
-    @property
-    def slots(self) -> int:
-        """Works whose residents fit: two where there is room, so that the next arrive early."""
-        return 2 if self._shared_bytes(2, self.stages) <= SHARED_BYTES else 1
-
-    def weight(self, weights: Any, own: "Own", n: int = 0) -> Operand:
-        """A warpgroup's weights number n."""
-        return Operand(weights.at[own.warpgroup, n], self.parts)
-
-
-def fitting(walk_of: Callable[[int], Walk]) -> Walk:
-    """walk_of(rows of a work), for as many rows as fit shared memory."""
-    for rows in (WORK, TILE):
-        walk = walk_of(rows)
-        if walk.stages:
-            return walk
-    raise ValueError(f"{walk.name}: heads this wide do not fit shared memory")
 
 
 def share_registers(

@@ -12,9 +12,8 @@ from dense_hstu import dense_hstu, dense_mask
 
 from pallas_kernels._testing import simulate
 from pallas_kernels.hstu_attention import hstu_attention
-from pallas_kernels.hstu_attention.biases import MAX_BUCKETS, bias_arrays
+from pallas_kernels.hstu_attention.biases import MAX_BUCKETS, bias_arrays, by_distance
 from pallas_kernels.hstu_attention.config import HstuConfig, kernel_problem
-from pallas_kernels.hstu_attention.mosaic_gpu_bias_vjp import by_distance
 from pallas_kernels.hstu_attention.ref import time_bucket
 from pallas_kernels.hstu_attention.tiles import TILE, Mask
 from pallas_kernels.hstu_attention.workloads import WORKLOADS
@@ -105,7 +104,7 @@ def expected(arrays, mask):
 def close(got, want, tolerance=2e-2):
     assert (got is None) == (want is None)
     if want is not None:
-        got = np.asarray(got, np.float64)
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
@@ -124,8 +123,8 @@ CASES = [
     ([65, 0, 1, 200, 63, 64], None, Mask(), {"v_width": 32}),
     ([65, 130], [0, 3], Mask(0, 2, 0), {"qk_width": 32, "position": True, "times": True}),
     ([200, 90], [10, 70], Mask(50, 3, 20), {"position": True, "heads": 2}),
-    # So wide that the gradients' rings have one stage.
-    ([130], None, Mask(), {"qk_width": 256, "v_width": 256}),
+    # So wide that the gradients' rings have one stage, and their works 64 rows.
+    ([130], None, Mask(), {"qk_width": 256, "v_width": 256, "position": True, "times": True}),
 ]
 
 
@@ -234,14 +233,31 @@ def test_unsupported_calls_are_explained(width, v_width, dtype, problem):
         assert found is None if problem is None else problem in (found or "")
 
 
+def test_operands_of_two_dtypes_are_explained():
+    q, k = (jax.ShapeDtypeStruct((8, 2, 64), dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    assert "q is float32 and k is bfloat16" in (kernel_problem(q, k, q) or "")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 class TestOnGpu:
     @pytest.mark.parametrize("case", range(len(CASES)))
-    @pytest.mark.parametrize("widths", [(32, 64), (64, 64), (128, 128), (256, 224)])
-    def test_equals_the_dense_formula(self, case, widths):
+    @pytest.mark.parametrize(
+        ("widths", "dtype", "tolerances"),
+        [
+            *[
+                (widths, jnp.bfloat16, (3e-2, 3e-2))
+                for widths in ((32, 64), (64, 64), (128, 128), (256, 224), (256, 256))
+            ],
+            *[
+                (widths, jnp.float32, (2e-5, 1e-4))
+                for widths in ((32, 32), (32, 96), (64, 64), (128, 128), (32, 224))
+            ],
+        ],
+    )
+    def test_equals_the_dense_formula(self, case, widths, dtype, tolerances):
         lengths, targets, mask, options = CASES[case]
-        options = options | {"qk_width": widths[0], "v_width": widths[1]}
+        options = options | {"qk_width": widths[0], "v_width": widths[1], "dtype": dtype}
         arrays = arguments(lengths, **options)
         arrays["num_targets"] = None if targets is None else np.asarray(targets, np.int32)
         alpha = widths[0] ** -0.5
@@ -271,10 +287,11 @@ class TestOnGpu:
 
         names = ("q", "k", "v", "position_bias", "time_bias", "d_out")
         first, second = (run(*(device[name] for name in names)) for _ in range(2))
-        for got, again, want in zip(first, second, expected(arrays, mask), strict=True):
+        wanted = expected(arrays, mask)
+        for n, (got, again, want) in enumerate(zip(first, second, wanted, strict=True)):
             if want is not None:
                 np.testing.assert_array_equal(got, again)
-            close(got, want, 3e-2)
+            close(got, want, tolerances[n > 0])
 
     @pytest.mark.parametrize("name", ["200", "1k"])
     def test_workloads_run_the_kernels(self, name):
