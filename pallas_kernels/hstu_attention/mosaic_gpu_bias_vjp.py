@@ -25,6 +25,7 @@ from pallas_kernels.hstu_attention.biases import (
     Elapsed,
     by_distance,
 )
+from pallas_kernels.hstu_attention.config import MAX_WIDTH
 from pallas_kernels.hstu_attention.mosaic_gpu import masked, products, silu_and_slope, split_biases
 from pallas_kernels.hstu_attention.operands import (
     Operand,
@@ -89,8 +90,11 @@ class _Plan:
 
     @property
     def warpgroups(self) -> int:
-        """That compute."""
-        return 2 if most_stages(self.streamed, 2 * self._sum_bytes) else 1
+        """That compute: two where their sums fit, and what they add their registers."""
+        widths = sum(buffer.shape[-1] for buffer in self.streamed[:2])
+        crowded = widths == 2 * MAX_WIDTH and self.biases.tiles and self.biases.buckets
+        fits = most_stages(self.streamed, 2 * self._sum_bytes) > 0
+        return 2 if fits and not crowded else 1
 
     @property
     def stages(self) -> int:

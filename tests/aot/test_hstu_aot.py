@@ -135,7 +135,7 @@ def test_out_and_gradients(widths, biased, dtype, record_property):
     # Four operands, of 6 bytes a value in f32, and four results, each before and behind its move.
     itemsize = jnp.dtype(dtype).itemsize
     rows = 8192 * 4 * 2 * sum(widths) * (itemsize + (6 if itemsize == 4 else 2))
-    assert report.temp_bytes < rows + 2**25, "more than copies"
+    assert report.temp_bytes < rows + 2**26, "more than copies"
 
 
 def test_cached():
