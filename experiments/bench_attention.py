@@ -5,7 +5,8 @@
     python -m experiments.bench_attention --quick --scratch   # short sequences: runs on a CPU
 
 Sequences are all of one length, or of lengths by Zipf's law (exponent 1.2, none below 64), packed
-into the same number of tokens. Ours is `hstu_attention`, with and without its biases, beside
+into the same number of tokens. Ours is `hstu_attention`, with and without its biases, and in f32,
+beside
   xla       the same operation's XLA reference, with and without biases
   padded    sequences padded to the longest, scores as one [B, H, L, L] array
   jax       `jax.nn.dot_product_attention` on padded sequences: a softmax, the same products
@@ -127,11 +128,12 @@ def variants(case: Case, pass_name: str) -> dict[str, Variant]:
         return lambda q, k, v: hstu_attention(q, k, v, offsets, **options)
 
     biases = {"position_bias": position_bias, "timestamps": timestamps, "time_bias": time_bias}
+    wide = tuple(x.astype(jnp.float32) for x in qkv)
     found = {}
-    for name, given in (("", {}), (", biases", biases)):
+    for name, given, inputs in (("", {}, qkv), (", biases", biases, qkv), (", f32", {}, wide)):
         for backend_name, backend in (("ours", None), ("xla", "xla")):
             run = hstu(backend, given)
-            found[backend_name + name] = Variant(run, qkv, answers=f"silu{name}")
+            found[backend_name + name] = Variant(run, inputs, answers=f"silu{name}")
     return (
         found | _padded_variants(case, qkv, offsets, alpha) | {"matmul": _matmul(case, pass_name)}
     )

@@ -1,8 +1,9 @@
 """What the kernels add to the scores: a bias of the distance and one of the time between tokens.
 
 The bias of the distance comes as whole tiles, one for each distance of tiles, since a kernel has no
-gather; of the time between tokens the kernel finds the bucket by comparing with the buckets' edges,
-only those that the tile's times can fall between.
+gather: those in bf16 with the keys, those in f32, for which shared memory has no room, when they
+are needed. Of the time between tokens the kernel finds the bucket by comparing with the buckets'
+edges, only those that the tile's times can fall between.
 """
 
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.hstu_attention.ref import time_bucket
-from pallas_kernels.hstu_attention.tiles import TILE, WORK, Shape
-from pallas_kernels.hstu_attention.walk import BY_COLUMN, BY_ROW, SCORES, Buffer, Own, Work
+from pallas_kernels.hstu_attention.sizes import Buffer
+from pallas_kernels.hstu_attention.tiles import TILE, Shape
+from pallas_kernels.hstu_attention.walk import BY_COLUMN, BY_ROW, SCORES, Own, Work
 
 _SQRT2 = np.uint32(0xB504F333)  # √2·2^31, rounded down
 MAX_BUCKETS = 63  # 2^31 seconds are in the last one
@@ -29,12 +31,12 @@ class BiasArrays(NamedTuple):
     """Arguments of a kernel for its biases, halved; None for what is missing.
 
     Attributes:
-      tiles: bias of the distances of a tile, by the distance of tiles from -1 on.
+      tiles: bias of the distances of a tile, by the distance of tiles from -1 on; bf16 or f32.
       times: of each row.
       table: bias of each bucket.
     """
 
-    tiles: BFloat16[Array, "H N 64 64"] | None
+    tiles: Float[Array, "H N 64 64"] | None
     times: Int32[Array, "R"] | None
     table: Float32[Array, "H buckets"] | None
 
@@ -44,16 +46,17 @@ def bias_arrays(
     times: Array | None,
     time_bias: Array | None,
     *,
+    dtype: Any = jnp.bfloat16,
     by_keys: bool = False,
 ) -> BiasArrays:
     """Prepares the biases for a kernel whose tiles are [queries, keys], or [keys, queries].
 
-    `times` are those of rows.
+    `times` are those of rows; `dtype` is that of the queries.
     """
     tiles = table = None
     if position_bias is not None:
         distance = _distances(position_bias.shape[1], by_keys)
-        halves = (0.5 * position_bias.astype(jnp.float32)).astype(jnp.bfloat16)
+        halves = (0.5 * position_bias.astype(jnp.float32)).astype(dtype)
         tiles = halves.at[:, distance].get(mode="promise_in_bounds")
     if times is not None and time_bias is not None:
         times = times.astype(jnp.int32)
@@ -72,6 +75,21 @@ def _distances(max_len: int, by_keys: bool) -> Int32[Array, "N 64 64"]:
     return jnp.clip(tiles[:, None, None] + inside, 0, max_len - 1)
 
 
+def by_distance(tiles: Float32[Array, "H C 64 64"], distances: int) -> Float32[Array, "H L"]:
+    """Sums of all pairs at each distance; those that look ahead count as distance 0."""
+    heads = tiles.shape[0]
+    back, ahead = tiles[:, :distances], tiles[:, distances:]
+    # Rows of 128 read as rows of 127 move each row one place to the right of the row before.
+    wide = jnp.pad(back[..., ::-1], ((0, 0), (0, 0), (0, 0), (0, TILE)))
+    wide = wide.reshape(heads, distances, -1)[..., : TILE * (2 * TILE - 1)]
+    diagonals = jnp.sum(wide.reshape(heads, distances, TILE, 2 * TILE - 1), axis=2)
+    before, own = diagonals[..., : TILE - 1], diagonals[..., TILE - 1 :]
+    # What lies before a tile's distance belongs to the tile before.
+    own = own.at[:, :-1, 1:].add(before[:, 1:])
+    looks_ahead = jnp.sum(before[:, 0], axis=1) + jnp.sum(ahead, axis=(1, 2, 3))
+    return own.at[:, 0, 0].add(looks_ahead).reshape(heads, -1)
+
+
 @dataclass(frozen=True)
 class Biases:
     """Which biases a kernel adds.
@@ -79,6 +97,7 @@ class Biases:
     Attributes:
       alpha: factor on the products.
       tiles: of the bias of the distance; 0 for none.
+      streams: whether these come with the keys.
       buckets: of the times; 0 for none.
       table: length of the table, padded.
       by_keys: whether tiles are [keys, queries].
@@ -86,6 +105,7 @@ class Biases:
 
     alpha: float
     tiles: int
+    streams: bool
     buckets: int
     table: int
     by_keys: bool
@@ -94,22 +114,22 @@ class Biases:
     def of(cls, arrays: BiasArrays, alpha: float, buckets: int, *, by_keys: bool = False):
         """For these arrays."""
         tiles = 0 if arrays.tiles is None else arrays.tiles.shape[1]
+        streams = arrays.tiles is not None and arrays.tiles.dtype == jnp.bfloat16
         table = 0 if arrays.table is None else arrays.table.shape[1]
-        return cls(alpha, tiles, buckets, table, by_keys)
+        return cls(alpha, tiles, streams, buckets, table, by_keys)
 
-    @property
-    def resident(self) -> tuple[Buffer, ...]:
+    def resident(self, rows: int) -> tuple[Buffer, ...]:
         """What a work keeps: times of its rows, table of its head."""
         if not self.buckets:
             return ()
-        return Buffer((WORK,), jnp.int32), Buffer((self.table,), jnp.float32)
+        return Buffer((rows,), jnp.int32), Buffer((self.table,), jnp.float32)
 
-    @property
-    def streamed(self) -> tuple[Buffer, ...]:
+    def streamed(self, rows: int) -> tuple[Buffer, ...]:
         """What comes with a tile: one tile of bias for each warpgroup, times of its rows."""
         buffers = ()
-        if self.tiles:
-            buffers += (Buffer((2, TILE, TILE), copies=2),)
+        if self.streams:
+            warpgroups = rows // TILE
+            buffers += (Buffer((warpgroups, TILE, TILE), copies=warpgroups),)
         if self.buckets:
             buffers += (Buffer((TILE,), jnp.int32),)
         return buffers
@@ -119,24 +139,32 @@ class Biases:
         if self.buckets:
             assert refs.times is not None
             assert refs.table is not None
-            copy(refs.times.at[pl.ds(work.tile_row(work.position), WORK)], first)
+            copy(refs.times.at[pl.ds(work.tile_row(work.position), work.size)], first)
             copy(refs.table.at[work.head], first + 1)
 
     def load_tile(self, refs: BiasArrays, work: Work, position: Any, copy: Any, first: int) -> None:
         """Copies `streamed`."""
-        if self.tiles:
-            assert refs.tiles is not None
-            for warpgroup in range(2):
-                distance = work.position + warpgroup * TILE - position
-                distance = lax.div(-distance if self.by_keys else distance, jnp.int32(TILE))
-                place = jnp.minimum(jnp.maximum(distance, -1), self.tiles - 2) + 1
-                copy(refs.tiles.at[work.head, place], first, warpgroup)
+        if self.streams:
+            for warpgroup in range(work.size // TILE):
+                own_position = work.position + warpgroup * TILE
+                copy(self._tile(refs, work, own_position, position), first, warpgroup)
             first += 1
         if self.buckets:
             assert refs.times is not None
             copy(refs.times.at[pl.ds(work.tile_row(position), TILE)], first)
 
-    def of_tile(self, work: Work, own: Own, position: Any, resident: Any, streamed: Any) -> Any:
+    def _tile(self, refs: BiasArrays, work: Work, own_position: Any, position: Any) -> Any:
+        """The tile of bias for tiles that start at these positions."""
+        assert refs.tiles is not None
+        tiles: Any = refs.tiles
+        distance = own_position - position
+        distance = lax.div(-distance if self.by_keys else distance, jnp.int32(TILE))
+        place = jnp.minimum(jnp.maximum(distance, -1), self.tiles - 2) + 1
+        return tiles.at[work.head, place]
+
+    def of_tile(
+        self, refs: BiasArrays, work: Work, own: Own, position: Any, resident: Any, streamed: Any
+    ) -> Any:
         """Half of the biases of a tile, None without any.
 
         Wanted before the products are issued: what it takes to look times up is then done with when
@@ -154,7 +182,12 @@ class Biases:
             )
             half = elapsed.half_bias(resident[1])
         if self.tiles:
-            tile = plgpu.load(streamed[0].at[own.warpgroup], layout=SCORES).astype(jnp.float32)
+            if self.streams:
+                tile = plgpu.load(streamed[0].at[own.warpgroup], layout=SCORES)
+            else:
+                tile = self._tile(refs, work, own.position, position)
+                tile = plgpu.load(tile, layout=SCORES, optimized=False)
+            tile = tile.astype(jnp.float32)
             half = tile if half is None else half + tile
         return half
 

@@ -53,16 +53,13 @@ def hstu_attention_cached(
 
     Cost: 2·(Dqk + Dv) FLOPs a query, key and head, and the cache read once. The kernels round N up
     to tiles of 64 queries, which costs nothing while the cache's bytes are the bound, and copy the
-    cache only if S is no multiple of 8 (or all of it is shorter than 128 slots). Memory: the XLA
+    cache only if S is no multiple of 8 (or all of it is shorter than 128 slots), or if it is in
+    f32, as bf16 parts of 6 bytes a value. Memory: the XLA
     backend keeps scores of 512 keys at a time, 2,048·B·N·H bytes a matrix.
     """
     check_arguments(max_len, max_attn_len, contextual_len, min_full_attn_len, timestamps, time_bias)
 
-    def problem():
-        both = position_bias is not None and time_bias is not None
-        return kernel_problem(q, v, both_biases=both)
-
-    chosen = resolve("hstu_attention_cached", backend, problem, wgmma=True)
+    chosen = resolve("hstu_attention_cached", backend, lambda: kernel_problem(q, k, v), wgmma=True)
     q, k, v, position_bias, time_bias = _without_gradient((q, k, v, position_bias, time_bias))
     lengths = jnp.asarray(lengths, jnp.int32)
     history_end = lengths if num_targets is None else lengths - num_targets

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 WIDTH_MULTIPLE = 32
 MAX_WIDTH = 256
+MAX_F32_WIDTHS = 256  # of q and v together
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class HstuConfig:
       programs: thread blocks of each kernel; 132 is one for each multiprocessor of an H200.
       aligned: promises that every sequence starts at a multiple of 8 slots, and that the slots
         behind the last one hold finite values. The kernels then read and write q, k, v and out
-        where they are instead of in copies. Results are NaN where a sequence starts elsewhere.
+        where they are instead of in copies, but for what they read in f32. Results are NaN where a
+        sequence starts elsewhere.
     """
 
     programs: int = 132
@@ -27,17 +29,23 @@ class HstuConfig:
             raise ValueError(f"HstuConfig.programs is {self.programs}; expected at least 1")
 
 
-def kernel_problem(q, v, *, both_biases: bool = False) -> str | None:
+def kernel_problem(q, k, v) -> str | None:
     """What keeps the kernels from these arguments, whose last axis is the heads' width, or None."""
-    for name, x in (("q", q), ("v", v)):
-        if x.dtype != jnp.bfloat16:
-            return f"{name} is {x.dtype}; the kernels multiply bfloat16 only"
-        width = x.shape[-1]
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"q is {q.dtype}; the kernels multiply bfloat16 and float32"
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            return f"q is {q.dtype} and {name} is {x.dtype}; the kernels need one dtype"
+    widths = q.shape[-1], v.shape[-1]
+    for name, width in zip("qv", widths, strict=True):
         if width % WIDTH_MULTIPLE or not 0 < width <= MAX_WIDTH:
             return (
                 f"the heads of {name} are {width} wide; the kernels need a multiple of "
                 f"{WIDTH_MULTIPLE} up to {MAX_WIDTH}"
             )
-    if both_biases and q.shape[-1] + v.shape[-1] == 2 * MAX_WIDTH:
-        return f"heads of {MAX_WIDTH} and {MAX_WIDTH} leave no shared memory for both biases"
+    if q.dtype == jnp.float32 and sum(widths) > MAX_F32_WIDTHS:
+        return (
+            f"the heads of q and v are {widths[0]} and {widths[1]} wide; in float32 the kernels "
+            f"have shared memory for {MAX_F32_WIDTHS} together"
+        )
     return None

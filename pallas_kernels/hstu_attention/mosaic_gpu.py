@@ -5,6 +5,7 @@ in registers, the weights through shared memory into the product with the values
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,14 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Int
+from jaxtyping import Array, Float, Int
 
+from pallas_kernels._parts import num_parts
 from pallas_kernels.hstu_attention import walk as walking
 from pallas_kernels.hstu_attention.biases import BiasArrays, Biases, bias_arrays
 from pallas_kernels.hstu_attention.config import HstuConfig
+from pallas_kernels.hstu_attention.operands import Operand, copy_rows, multiply, split
+from pallas_kernels.hstu_attention.sizes import Walk, fitting, matrix
 from pallas_kernels.hstu_attention.tiles import (
     TILE,
-    WORK,
     Mask,
     Shape,
     Works,
@@ -28,12 +31,12 @@ from pallas_kernels.hstu_attention.tiles import (
     pack,
     to_rows,
 )
-from pallas_kernels.hstu_attention.walk import BY_ROW, SCORES, Buffer, Walk
+from pallas_kernels.hstu_attention.walk import BY_ROW, SCORES
 
 _PIECE = 16  # columns that are masked at once
 
 
-def products(pairs: list[tuple[Any, Any]], of_scores: Any, *, late: bool) -> list[Any]:
+def products(pairs: list[tuple[Operand, Operand]], of_scores: Any, *, late: bool) -> list[Any]:
     """[of_scores(scores), d_weights] of a tile: of two pairs of operands, or the first alone.
 
     Both products are issued together, or, `late`, one after the other: registers of d_weights are
@@ -43,12 +46,12 @@ def products(pairs: list[tuple[Any, Any]], of_scores: Any, *, late: bool) -> lis
 
     def together(*accumulators):
         for accumulator, operands in zip(accumulators, pairs, strict=True):
-            plgpu.wgmma(accumulator, *operands)
+            multiply(accumulator, *operands)
         scores, *rest = accumulators
         return [of_scores(scores[...]), *(accumulator[...] for accumulator in rest)]
 
     def alone(accumulator, operands):
-        plgpu.wgmma(accumulator, *operands)
+        multiply(accumulator, *operands)
         return accumulator[...]
 
     if not late:
@@ -116,26 +119,29 @@ def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
     """out[i] = Σ silu(scores[i, j]) · v[j]."""
     *arrays, out, buffers, weights, staging = refs
     arrays = split_biases(biases, arrays)
-    width = v.shape[2]
+    width = out.shape[2]
 
     def load_resident(work, copy):
-        copy(q.at[pl.ds(work.row(work.position), WORK), work.head], 0)
+        copy_rows(copy, q, pl.ds(work.row(work.position), walk.rows), work.head, 0, walk.parts)
         biases.load_resident(arrays, work, copy, 1)
 
     def load_tile(work, position, copy):
         rows = pl.ds(work.tile_row(position), TILE)
-        copy(k.at[rows, work.head], 0)
-        copy(v.at[rows, work.head], 1)
+        copy_rows(copy, k, rows, work.head, 0, walk.parts)
+        copy_rows(copy, v, rows, work.head, 1, walk.parts)
         biases.load_tile(arrays, work, position, copy, 2)
 
     def compute(work, own, loop, finished):
-        own_weights = weights.at[own.warpgroup, 0]
+        own_weights = Operand(weights.at[own.warpgroup, 0], walk.parts)
 
         def sums(accumulator):
             def tile(position, resident, streamed, free):
-                queries, (keys, values) = resident[0].at[own.rows], streamed[:2]
+                queries = Operand.of_rows(resident[0], own.rows, walk.parts)
+                keys, values = (Operand(block, walk.parts) for block in streamed[:2])
 
-                half_biases = biases.of_tile(work, own, position, resident[1:], streamed[2:])
+                half_biases = biases.of_tile(
+                    arrays, work, own, position, resident[1:], streamed[2:]
+                )
 
                 def half(scores):
                     free()
@@ -144,16 +150,16 @@ def _kernel(fields, used, q, k, v, *refs, walk: Walk, biases: Biases):
                 (halves,) = products([(queries, keys.T)], half, late=False)
                 silu = halves + halves * jnp.tanh(halves)
                 (silu,) = masked(walk.mask, work.shape, own.position, position, silu)
-                own_weights[...] = silu.astype(jnp.bfloat16)
+                own_weights.put(silu)
                 plgpu.commit_smem()
-                plgpu.wgmma(accumulator, own_weights, values)
+                multiply(accumulator, own_weights, values)
 
             loop(tile)
             return accumulator[...]
 
         total = pl.run_scoped(sums, plgpu.WGMMAAccumulatorRef((TILE, width), jnp.float32))
         finished()
-        walking.store_rows(total, staging, out, work, own, walk.line)
+        walking.store_rows(total, staging, out, work, own)
 
     walking.run(walk, (fields, used), buffers, load_resident, load_tile, compute)
 
@@ -167,53 +173,61 @@ def split_biases(biases: Biases, refs: list[Any]) -> BiasArrays:
 
 
 def attend(
-    q: BFloat16[Array, "R H Dqk"],
-    k: BFloat16[Array, "S H Dqk"],
-    v: BFloat16[Array, "S H Dv"],
-    works: Works,
+    q: Float[Array, "R H Dqk"],
+    k: Float[Array, "S H Dqk"],
+    v: Float[Array, "S H Dv"],
+    works_of: Callable[[int], Works],
     arrays: BiasArrays,
     biases: Biases,
     *,
     mask: Mask,
     config: HstuConfig,
     cached: bool = False,
-) -> BFloat16[Array, "R H Dv"]:
+) -> Float[Array, "R H Dv"]:
     """Runs the kernel on rows; rows without a token are left undefined.
 
-    With `cached`, q's rows are not those of k and v.
+    `works_of` lists the works, given their rows. With `cached`, q's rows are not those of k and v.
     """
-    num_rows, heads, width = q.shape
-    v_width = v.shape[2]
-    walk = Walk(
-        "hstu_attention_cached" if cached else "hstu_attention",
-        heads,
-        config.programs,
-        mask,
-        by_keys=False,
-        resident=(Buffer((WORK, width)), *biases.resident),
-        streamed=(Buffer((TILE, width)), Buffer((TILE, v_width)), *biases.streamed),
-        weights=1,
-        sums=v_width,
-        cached=cached,
-    )
+    num_rows, heads, _ = q.shape
+    parts, (width, v_width) = num_parts(q.dtype), (x.shape[2] for x in (q, v))
+
+    def walk_of(rows):
+        return Walk(
+            "hstu_attention_cached" if cached else "hstu_attention",
+            heads,
+            config.programs,
+            mask,
+            by_keys=False,
+            resident=(matrix(rows, width, parts), *biases.resident(rows)),
+            streamed=(
+                *(matrix(TILE, n, parts) for n in (width, v_width)),
+                *biases.streamed(rows),
+            ),
+            rows=rows,
+            parts=parts,
+            weights=1,
+            sums=v_width,
+            cached=cached,
+        )
+
+    walk = fitting(walk_of)
+    works = works_of(walk.rows)
     return walking.call(
         walk,
         functools.partial(_kernel, walk=walk, biases=biases),
         jax.ShapeDtypeStruct((num_rows, heads, v_width), v.dtype),
         works.fields,
         works.used,
-        q,
-        k,
-        v,
+        *(split(x) for x in (q, k, v)),
         *(array for array in arrays if array is not None),
     )
 
 
 @functools.partial(jax.jit, static_argnames=("alpha", "mask", "config"))
 def forward(
-    q: BFloat16[Array, "T H Dqk"],
-    k: BFloat16[Array, "T H Dqk"],
-    v: BFloat16[Array, "T H Dv"],
+    q: Float[Array, "T H Dqk"],
+    k: Float[Array, "T H Dqk"],
+    v: Float[Array, "T H Dv"],
     offsets: Int[Array, "B1"],
     num_targets: Int[Array, "B"] | None,
     position_bias: Float[Array, "H max_len"] | None,
@@ -223,15 +237,15 @@ def forward(
     alpha: float,
     mask: Mask,
     config: HstuConfig,
-) -> BFloat16[Array, "T H Dv"]:
+) -> Float[Array, "T H Dv"]:
     """The op without its scale."""
     num_tokens = q.shape[0]
     packing = pack(offsets.astype(jnp.int32), num_targets, num_tokens, aligned=config.aligned)
     times = None if timestamps is None else to_rows(timestamps, packing)
-    arrays = bias_arrays(position_bias, times, time_bias)
+    arrays = bias_arrays(position_bias, times, time_bias, dtype=q.dtype)
     buckets = 0 if time_bias is None else time_bias.shape[1]
     biases = Biases.of(arrays, alpha, buckets)
     q, k, v = (to_rows(x, packing) for x in (q, k, v))
-    works = list_works(packing, mask, num_tokens)
-    out = attend(q, k, v, works, arrays, biases, mask=mask, config=config)
+    works_of = lambda rows: list_works(packing, mask, num_tokens, rows=rows)  # noqa: E731
+    out = attend(q, k, v, works_of, arrays, biases, mask=mask, config=config)
     return from_rows(out, packing)

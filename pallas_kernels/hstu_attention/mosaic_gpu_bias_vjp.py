@@ -3,7 +3,8 @@
 A work is one head, one distance of tiles and a part of the query tiles that have a tile of keys so
 far before them (or, with contextual tokens, behind them). Its pairs share their place in the bias
 of the distance, so that one tile of sums in registers takes them all; XLA then adds its diagonals.
-Sums by time are kept in shared memory, for each bucket and row. Two warpgroups take turns.
+Sums by time are kept in shared memory, for each bucket and row. Two warpgroups take turns where
+their sums fit.
 """
 
 import functools
@@ -17,20 +18,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 
-from pallas_kernels.hstu_attention.biases import MAX_BUCKETS, BiasArrays, Biases, Elapsed
+from pallas_kernels.hstu_attention.biases import (
+    MAX_BUCKETS,
+    BiasArrays,
+    Biases,
+    Elapsed,
+    by_distance,
+)
+from pallas_kernels.hstu_attention.config import MAX_WIDTH
 from pallas_kernels.hstu_attention.mosaic_gpu import masked, products, silu_and_slope, split_biases
+from pallas_kernels.hstu_attention.operands import (
+    Operand,
+    compiler_params,
+    copier,
+    copy_rows,
+    unknown_zero,
+)
+from pallas_kernels.hstu_attention.sizes import Buffer, copies, line_of, matrix, most_stages
 from pallas_kernels.hstu_attention.tiles import TILE, Mask, Packing, Shape, Tiles, list_tiles
 from pallas_kernels.hstu_attention.walk import (
     BY_ROW,
-    COMPILER_PARAMS,
     SCORES,
-    Buffer,
-    copier,
-    copies,
-    most_stages,
     row_multiple,
     share_registers,
-    unknown_zero,
 )
 
 _WORKS = 4  # for each program, at least
@@ -43,8 +53,9 @@ class _Plan:
     Attributes:
       heads, programs, mask: as in `Walk`.
       distances: of tiles, from 0 on.
-      parts: of the tiles of each distance.
+      shares: of the tiles of each distance.
       streamed: buffers of a stage.
+      parts: of each operand, `operands.split`.
       biases: what is added to the scores.
     """
 
@@ -52,8 +63,9 @@ class _Plan:
     programs: int
     mask: Mask
     distances: int
-    parts: int
+    shares: int
     streamed: tuple[Buffer, ...]
+    parts: int
     biases: Biases
 
     @property
@@ -64,7 +76,7 @@ class _Plan:
     @property
     def items(self) -> int:
         """Works."""
-        return self.classes * self.parts * self.heads
+        return self.classes * self.shares * self.heads
 
     @property
     def buckets(self) -> int:
@@ -74,12 +86,25 @@ class _Plan:
     @property
     def line(self) -> int:
         """Columns of a line of shared memory."""
-        return min(64 if b.shape[-1] % 64 == 0 else 32 for b in self.streamed if b.shape[1:])
+        return line_of(self.streamed)
+
+    @property
+    def warpgroups(self) -> int:
+        """That compute: two where their sums fit, and what they add their registers."""
+        widths = sum(buffer.shape[-1] for buffer in self.streamed[:2])
+        crowded = widths == 2 * MAX_WIDTH and self.biases.tiles and self.biases.buckets
+        fits = most_stages(self.streamed, 2 * self._sum_bytes) > 0
+        return 2 if fits and not crowded else 1
 
     @property
     def stages(self) -> int:
         """Of the ring."""
-        return most_stages(self.streamed, 2 * 4 * TILE * self.buckets)
+        return most_stages(self.streamed, self.warpgroups * self._sum_bytes)
+
+    @property
+    def _sum_bytes(self) -> int:
+        """Of a warpgroup's sums by time."""
+        return 4 * TILE * self.buckets
 
 
 class _Item(NamedTuple):
@@ -108,10 +133,10 @@ class _Pair(NamedTuple):
 
 def _item(plan: _Plan, counts, n) -> _Item:
     head, rest = lax.rem(n, plan.heads), lax.div(n, plan.heads)
-    part, distance = lax.rem(rest, plan.parts), lax.div(rest, plan.parts)
+    share, distance = lax.rem(rest, plan.shares), lax.div(rest, plan.shares)
     distance = jnp.where(distance >= plan.distances, plan.distances - 1 - distance, distance)
     count = counts[jnp.maximum(distance, -distance)]
-    begin, end = (lax.div(count * place, plan.parts) for place in (part, part + 1))
+    begin, end = (lax.div(count * place, plan.shares) for place in (share, share + 1))
     return _Item(n, head, distance, begin, end)
 
 
@@ -156,7 +181,8 @@ def _produce(plan: _Plan, fields, counts, sources, times, buffers, full, empty) 
                 copy = copier(buffers, slot, full)
                 places = (pair.query, pair.query, pair.key, pair.key)
                 for buffer, (source, place) in enumerate(zip(sources, places, strict=True)):
-                    copy(source.at[pl.ds(pair.row(place), TILE), item.head], buffer)
+                    rows = pl.ds(pair.row(place), TILE)
+                    copy_rows(copy, source, rows, item.head, buffer, plan.parts)
                 if plan.biases.buckets:
                     copy(times.at[pl.ds(pair.row(pair.query), TILE)], 4)
                     copy(times.at[pl.ds(pair.row(pair.key), TILE)], 5)
@@ -195,6 +221,7 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
             return silu_and_slope(plan.biases.half_scores(scores, half_biases))[1]
 
         late = elapsed is not None
+        q, d_out, k, v = (Operand(block, plan.parts) for block in (q, d_out, k, v))
         slope_, d_weights = products([(q, k.T), (d_out, v.T)], slope, late=late)
         plgpu.commit_smem()
         plgpu.barrier_arrive(empty.at[slot])
@@ -216,8 +243,8 @@ def _consume(plan: _Plan, fields, counts, arrays: BiasArrays, outs, buffers, ful
             done, total = carry
             pair = _pair(plan, fields, item, n)
             slot = lax.rem(done, plan.stages)
-            mine = pair.counts & (lax.rem(done, 2) == warpgroup)
-            others = pair.counts & (lax.rem(done, 2) != warpgroup)
+            mine = pair.counts & (lax.rem(done, plan.warpgroups) == warpgroup)
+            others = pair.counts & (lax.rem(done, plan.warpgroups) != warpgroup)
 
             @pl.when(pair.counts)
             def _():
@@ -287,7 +314,7 @@ def _kernel(fields, counts, q, k, v, d_out, *refs, plan: _Plan):
         sources = (q, d_out, k, v)
         _produce(plan, fields, counts, sources, arrays.times, buffers, full, empty)
 
-    share_registers(produce, consume)
+    share_registers(plan.warpgroups, produce, consume)
 
 
 def bias_gradients(
@@ -302,32 +329,34 @@ def bias_gradients(
     num_tokens: int,
     max_len: int,
     mask: Mask,
+    parts: int,
     programs: int,
 ) -> tuple[Float32[Array, "H max_len"] | None, Float32[Array, "H buckets"] | None]:
-    """Of rows, as the other kernels take them."""
-    _, heads, width = q.shape
-    matrices = [Buffer((TILE, n)) for n in (width, v.shape[2])]
+    """Of rows, in parts, as the other kernels take them."""
+    heads = q.shape[1]
+    matrices = [matrix(TILE, x.shape[2] // parts, parts) for x in (q, v)]
     distances = -(-max_len // TILE)
     plan = _Plan(
         heads,
         programs,
         mask,
         distances,
-        parts=max(_WORKS * programs // (heads * distances), 1),
+        shares=max(_WORKS * programs // (heads * distances), 1),
         streamed=(
             *(matrices[n] for n in (0, 1, 0, 1)),
             *[Buffer((TILE,), jnp.int32)] * 2 * bool(biases.buckets),
         ),
+        parts=parts,
         biases=biases,
     )
     tiles = list_tiles(packing, num_tokens, distances)
-    parts = _call(plan, tiles, q, k, v, d_out, arrays)
-    leading = (plan.classes, plan.parts, heads, 2)
+    sums = _call(plan, tiles, q, k, v, d_out, arrays)
+    leading = (plan.classes, plan.shares, heads, plan.warpgroups)
     by_place, by_bucket = (
         None
         if x is None
         else jnp.sum(x.reshape(*leading, *x.shape[2:]), axis=(1, 3)).swapaxes(0, 1)
-        for x in parts
+        for x in sums
     )
     if by_place is not None:
         by_place = by_distance(by_place, distances)[:, :max_len]
@@ -339,28 +368,28 @@ def bias_gradients(
 
 def _call(plan: _Plan, tiles: Tiles, q, k, v, d_out, arrays: BiasArrays):
     biases = plan.biases
-    leading = (plan.items, 2)
+    leading = (plan.items, plan.warpgroups)
     out_type, sums = [], []
     if biases.tiles:
         out_type.append(jax.ShapeDtypeStruct((*leading, TILE, TILE), jnp.float32))
     if biases.buckets:
         out_type.append(jax.ShapeDtypeStruct((*leading, plan.buckets, TILE), jnp.float32))
-        sums.append(plgpu.SMEM((2, plan.buckets, TILE), jnp.float32))
+        sums.append(plgpu.SMEM((plan.warpgroups, plan.buckets, TILE), jnp.float32))
     out = iter(
         plgpu.kernel(
             functools.partial(_kernel, plan=plan),
             out_type=out_type,
             grid=(plan.programs,),
             grid_names=("program",),
-            num_threads=3,
+            num_threads=plan.warpgroups + 1,
             thread_name="warpgroup",
             scratch_types=[
                 *(buffer.memory(plan.stages, plan.line) for buffer in plan.streamed),
                 plgpu.Barrier(num_arrivals=copies(plan.streamed), num_barriers=plan.stages),
-                plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
+                plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
                 *sums,
             ],
-            compiler_params=COMPILER_PARAMS,
+            compiler_params=compiler_params(plan.parts),
             kernel_name="hstu_bias_gradient",
         )(
             *(tiles.fields, tiles.counts, q, k, v, d_out),
@@ -368,18 +397,3 @@ def _call(plan: _Plan, tiles: Tiles, q, k, v, d_out, arrays: BiasArrays):
         )
     )
     return next(out) if biases.tiles else None, next(out) if biases.buckets else None
-
-
-def by_distance(tiles: Float32[Array, "H C 64 64"], distances: int) -> Float32[Array, "H L"]:
-    """Sums of all pairs at each distance; those that look ahead count as distance 0."""
-    heads = tiles.shape[0]
-    back, ahead = tiles[:, :distances], tiles[:, distances:]
-    # Rows of 128 read as rows of 127 move each row one place to the right of the row before.
-    wide = jnp.pad(back[..., ::-1], ((0, 0), (0, 0), (0, 0), (0, TILE)))
-    wide = wide.reshape(heads, distances, -1)[..., : TILE * (2 * TILE - 1)]
-    diagonals = jnp.sum(wide.reshape(heads, distances, TILE, 2 * TILE - 1), axis=2)
-    before, own = diagonals[..., : TILE - 1], diagonals[..., TILE - 1 :]
-    # What lies before a tile's distance belongs to the tile before.
-    own = own.at[:, :-1, 1:].add(before[:, 1:])
-    looks_ahead = jnp.sum(before[:, 0], axis=1) + jnp.sum(ahead, axis=(1, 2, 3))
-    return own.at[:, 0, 0].add(looks_ahead).reshape(heads, -1)

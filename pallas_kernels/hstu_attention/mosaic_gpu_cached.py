@@ -1,7 +1,8 @@
 """`hstu_attention_cached` on the kernel of the forward pass.
 
 Queries get rows of their own, in tiles that start at multiples of 64 in their sequence, as they do
-where all queries are computed: the sums are then the same to the bit. The cache stays where it is.
+where all queries are computed: the sums are then the same to the bit. A cache in bf16 stays where
+it is; one in f32 is copied, in parts.
 """
 
 import functools
@@ -9,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.hstu_attention import mosaic_gpu
 from pallas_kernels.hstu_attention.biases import BiasArrays, Biases, bias_arrays
@@ -19,9 +20,9 @@ from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, WORK, Mask, 
 
 @functools.partial(jax.jit, static_argnames=("alpha", "mask", "config"))
 def forward(
-    q: BFloat16[Array, "B N H Dqk"],
-    k: BFloat16[Array, "B S H Dqk"],
-    v: BFloat16[Array, "B S H Dv"],
+    q: Float[Array, "B N H Dqk"],
+    k: Float[Array, "B S H Dqk"],
+    v: Float[Array, "B S H Dv"],
     shape: Shape,
     position_bias: Float[Array, "H max_len"] | None,
     timestamps: Int[Array, "B S"] | None,
@@ -30,7 +31,7 @@ def forward(
     alpha: float,
     mask: Mask,
     config: HstuConfig,
-) -> BFloat16[Array, "B N H Dv"]:
+) -> Float[Array, "B N H Dv"]:
     """As `cached.cached_ref`."""
     batch, new = q.shape[:2]
     k, v = _aligned(k), _aligned(v)
@@ -39,13 +40,13 @@ def forward(
     first = jnp.maximum(shape.length - new, 0) // TILE * TILE
     # Row j of a sequence is its position first + j, which is query number:
     number = first[:, None] + jnp.arange(stride) - (shape.length - new)[:, None]
-    arrays = _bias_arrays(position_bias, timestamps, time_bias, capacity)
+    arrays = _bias_arrays(position_bias, timestamps, time_bias, capacity, q.dtype)
     buckets = 0 if time_bias is None else time_bias.shape[1]
     out = mosaic_gpu.attend(
         _query_rows(q, number),
         k.reshape(batch * capacity, *k.shape[2:]),
         v.reshape(batch * capacity, *v.shape[2:]),
-        _works(shape, first, stride, capacity, mask),
+        lambda rows: _works(shape, first, rows, stride, capacity, mask),
         arrays,
         Biases.of(arrays, alpha, buckets),
         mask=mask,
@@ -68,8 +69,8 @@ def _aligned(cache: Array) -> Array:
 
 
 def _query_rows(
-    q: BFloat16[Array, "B N H D"], number: Int32[Array, "B stride"]
-) -> BFloat16[Array, "R H D"]:
+    q: Float[Array, "B N H D"], number: Int32[Array, "B stride"]
+) -> Float[Array, "R H D"]:
     """Queries by number, zeros for none, and a tile that the last work may run into."""
     batch, new, heads, width = q.shape
     taken = jnp.take_along_axis(q, jnp.clip(number, 0, new - 1)[:, :, None, None], axis=1)
@@ -78,22 +79,22 @@ def _query_rows(
     return jnp.pad(rows, ((0, TILE), (0, 0), (0, 0)))
 
 
-def _bias_arrays(position_bias, timestamps, time_bias, capacity) -> BiasArrays:
+def _bias_arrays(position_bias, timestamps, time_bias, capacity, dtype) -> BiasArrays:
     """`biases.bias_arrays` for the slots of a cache, and times of a work behind the last one."""
     times = None
     if timestamps is not None:
         padding = capacity - timestamps.shape[1]
         times = jnp.pad(timestamps, ((0, 0), (0, padding))).reshape(-1)
         times = jnp.pad(times, (0, WORK))
-    return bias_arrays(position_bias, times, time_bias)
+    return bias_arrays(position_bias, times, time_bias, dtype=dtype)
 
 
-def _works(shape: Shape, first: Array, stride: int, capacity: int, mask: Mask) -> Works:
-    """128 positions each from `first` on, the longest first."""
+def _works(shape: Shape, first: Array, rows: int, stride: int, capacity: int, mask: Mask) -> Works:
+    """`rows` positions each from `first` on, the longest first."""
     sequence = jnp.arange(first.size, dtype=jnp.int32)[:, None]
-    position = first[:, None] + WORK * jnp.arange(-(-stride // WORK), dtype=jnp.int32)
+    position = first[:, None] + rows * jnp.arange(-(-stride // rows), dtype=jnp.int32)
     length, history_end = (jnp.broadcast_to(x[:, None], position.shape) for x in shape)
-    last = jnp.minimum(position + WORK, length) - 1
+    last = jnp.minimum(position + rows, length) - 1
     count = mask.key_runs(position, last, Shape(length, history_end)).count
     tiles = jnp.where(position < length, count, 0)
     first_row, first_key = sequence * stride - first[:, None], sequence * capacity

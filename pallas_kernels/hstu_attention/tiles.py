@@ -15,7 +15,7 @@ from jaxtyping import Array, Int32
 TILE = 64
 """Queries and keys of a tile: rows of one warpgroup's matrix instructions."""
 WORK = 2 * TILE
-"""Queries, or keys, that a program takes at once."""
+"""Queries, or keys, that a program takes at once, where its memory has room for as many."""
 ROW_MULTIPLE = 8
 """Rows that the copy engine and the tensor cores address together: where sequences may start."""
 
@@ -311,7 +311,7 @@ def _like(index, x):
 
 
 class Works(NamedTuple):
-    """What programs do: 128 queries, or keys, of a sequence each, the longest first.
+    """What programs do: 128 or 64 queries, or keys, of a sequence each, the longest first.
 
     Attributes:
       fields: first row of the sequence, first position of the work, length and history's end of
@@ -325,18 +325,20 @@ class Works(NamedTuple):
     tiles: Int32[Array, "W"]
 
 
-def list_works(packing: Packing, mask: Mask, num_tokens: int, *, by_keys: bool = False) -> Works:
-    """All works, sorted by their tiles; W = T / 128 + B."""
+def list_works(
+    packing: Packing, mask: Mask, num_tokens: int, *, rows: int = WORK, by_keys: bool = False
+) -> Works:
+    """All works of that many rows, sorted by their tiles; W = T / rows + B."""
     shapes = packing.shapes
     num_sequences = packing.starts.shape[0]
-    counts = (shapes.length + WORK - 1) // WORK
+    counts = (shapes.length + rows - 1) // rows
     ends = jnp.cumsum(counts, dtype=jnp.int32)
-    work = jnp.arange(num_tokens // WORK + num_sequences, dtype=jnp.int32)
+    work = jnp.arange(num_tokens // rows + num_sequences, dtype=jnp.int32)
     owner = jnp.minimum(_count_until(ends, work), num_sequences - 1)
-    position = WORK * (work - (ends - counts)[owner])
+    position = rows * (work - (ends - counts)[owner])
     shape = Shape(shapes.length[owner], shapes.history_end[owner])
     runs = mask.query_runs if by_keys else mask.key_runs
-    last = jnp.minimum(position + WORK, shape.length) - 1
+    last = jnp.minimum(position + rows, shape.length) - 1
     tiles = jnp.where(work < ends[-1], runs(position, last, shape).count, 0)
     fields = (packing.starts[owner], position, *shape)
     order, *fields = lax.sort((-tiles, *fields), num_keys=1)

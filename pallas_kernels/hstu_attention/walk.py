@@ -1,13 +1,11 @@
 """What the HSTU kernels share: a persistent, warp-specialised walk over works of one head each.
 
-A program has three warpgroups. The last one loads: what a work keeps all along (`resident`, for
-its 128 rows), then tile after tile of 64 rows of what it meets (`streamed`), through a ring that
-goes on from work to work. The first two compute, each 64 of the work's rows.
+The last warpgroup of a program loads: what a work keeps all along (`resident`, for its 128 or 64
+rows), then tile after tile of 64 rows of what it meets (`streamed`), through a ring that goes on
+from work to work. The others, two or one, compute 64 of the work's rows each.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,125 +14,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, WORK, Mask, Runs, Shape
+from pallas_kernels.hstu_attention.operands import compiler_params, copier, unknown_zero
+from pallas_kernels.hstu_attention.sizes import Walk, copies
+from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, TILE, Runs, Shape
 
-_SHARED_BYTES = 224 * 1024  # of 227 KiB; barriers and reductions take the rest
-_SHARED_MULTIPLE = 1024  # where the compiler lets a buffer start
-_MAX_STAGES = 4
 _PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 40, 232  # for each thread of a warpgroup; 504 of three
-_WIDE = 128  # columns of sums, from which on registers are short
 SCORES = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = SCORES.reduce(1), SCORES.reduce(0)
-COMPILER_PARAMS = plgpu.CompilerParams(
-    lowering_semantics=plgpu.LoweringSemantics.Lane,
-    approx_math=True,
-    # A reduction across warps is an error: all warpgroups would use the same scratch at once, which
-    # the simulator does not see.
-    reduction_scratch_bytes=0,
-)
 
 
-def swizzled(shape: Sequence[int], line: int) -> Any:
-    """bf16 in shared memory as TMA and wgmma want it, in lines of 64 or 32 columns."""
-    return plgpu.SMEM(
-        tuple(shape),
-        jnp.bfloat16,
-        transforms=(
-            plgpu.TilingTransform((8, line)),  # pyright: ignore[reportAbstractUsage]
-            plgpu.SwizzleTransform(2 * line),  # pyright: ignore[reportAbstractUsage]
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """One operand in shared memory; matrices are bf16 and vectors i32 or f32."""
-
-    shape: tuple[int, ...]
-    dtype: Any = jnp.bfloat16
-    copies: int = 1
-
-    def num_bytes(self, slots: int) -> int:
-        """Of `slots` blocks."""
-        own = slots * math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
-        return -(-own // _SHARED_MULTIPLE) * _SHARED_MULTIPLE
-
-    def memory(self, slots: int, line: int) -> Any:
-        """`slots` blocks."""
-        if self.dtype == jnp.bfloat16:
-            return swizzled((slots, *self.shape), line)
-        return plgpu.SMEM((slots, *self.shape), self.dtype)
-
-
-@dataclass(frozen=True)
-class Walk:
-    """Static sizes of one kernel.
-
-    Attributes:
-      name: of the kernel.
-      heads: H; work w is head w mod H of its rows.
-      programs: thread blocks.
-      mask: which tiles count.
-      by_keys: works are keys that meet tiles of queries, not queries that meet tiles of keys.
-      resident: blocks that a work keeps.
-      streamed: blocks of a stage of the ring.
-      weights: matrices [64, 64] that a warpgroup hands to the tensor cores through shared memory.
-      sums: columns that a warpgroup sums up in registers.
-      cached: what works meet stands in rows of its own; a fifth field tells where they start.
-    """
-
-    name: str
-    heads: int
-    programs: int
-    mask: Mask
-    by_keys: bool
-    resident: tuple[Buffer, ...]
-    streamed: tuple[Buffer, ...]
-    weights: int
-    sums: int
-    cached: bool = False
-
-    @property
-    def line(self) -> int:
-        """Columns of a line of shared memory, of which all operands of a product have the same."""
-        matrices = [buffer.shape for buffer in self.resident + self.streamed if buffer.shape[1:]]
-        return min(64 if shape[-1] % 64 == 0 else 32 for shape in matrices)
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether the sums leave few registers for anything else."""
-        return self.sums > _WIDE
-
-    @property
-    def has_staging(self) -> bool:
-        """Whether results need memory of their own; else they leave through that of the weights."""
-        return self.line != TILE
-
-    def _shared_bytes(self, slots: int, stages: int) -> int:
-        staging = 2 * TILE * self.line * 2 * self.has_staging
-        return (
-            sum(buffer.num_bytes(slots) for buffer in self.resident)
-            + sum(buffer.num_bytes(stages) for buffer in self.streamed)
-            + 2 * self.weights * TILE * TILE * 2
-            + staging
-        )
-
-    @property
-    def stages(self) -> int:
-        """Of the ring: as many as fit beside one work's residents, at most four."""
-        stages = most_stages(self.streamed, self._shared_bytes(1, 0))
-        if not stages:
-            raise ValueError(f"{self.name}: heads this wide do not fit shared memory")
-        return stages
-
-    @property
-    def slots(self) -> int:
-        """Works whose residents fit: two where there is room, so that the next arrive early."""
-        return 2 if self._shared_bytes(2, self.stages) <= _SHARED_BYTES else 1
-
-
-def share_registers(produce: Callable[[], None], compute: Callable[[], None]) -> None:
+def share_registers(
+    warpgroups: int, produce: Callable[[], None], compute: Callable[[], None]
+) -> None:
     """Runs both roles, computing on the registers that loading does not need."""
+    computes = lax.axis_index("warpgroup") < warpgroups
+    if warpgroups == 1:  # both have as many registers as an instruction can name
+        lax.cond(computes, compute, produce)
+        return
 
     def with_few():
         plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
@@ -144,20 +40,12 @@ def share_registers(produce: Callable[[], None], compute: Callable[[], None]) ->
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         compute()
 
-    lax.cond(lax.axis_index("warpgroup") < 2, with_many, with_few)
+    lax.cond(computes, with_many, with_few)
 
 
 def row_multiple(row: Any) -> Any:
     """A row where a sequence or a tile of it starts, as the copy engine must know it."""
     return pl.multiple_of(row, ROW_MULTIPLE)
-
-
-def most_stages(streamed: Sequence[Buffer], other_bytes: int) -> int:
-    """Stages of a ring that fit beside `other_bytes`; 0 if not even one does."""
-    for stages in range(_MAX_STAGES, 0, -1):
-        if sum(buffer.num_bytes(stages) for buffer in streamed) + other_bytes <= _SHARED_BYTES:
-            return stages
-    return 0
 
 
 class Work(NamedTuple):
@@ -170,6 +58,7 @@ class Work(NamedTuple):
       position: of its first token in the sequence.
       shape: of the sequence.
       runs: tiles that it meets.
+      size: rows that it has, of which some may lie behind its sequence.
     """
 
     head: Any
@@ -178,6 +67,7 @@ class Work(NamedTuple):
     position: Any
     shape: Shape
     runs: Runs
+    size: int
 
     def row(self, position):
         """Row of a position that is a multiple of 8."""
@@ -234,8 +124,8 @@ def run(
         first_row, position, length, history_end = (fields[index, n] for n in range(4))
         first_tile_row = fields[index, 4] if walk.cached else first_row
         shape = Shape(length, history_end)
-        runs = _runs(walk, position, WORK, shape)
-        return Work(head, first_row, first_tile_row, position, shape, runs)
+        runs = _runs(walk, position, walk.rows, shape)
+        return Work(head, first_row, first_tile_row, position, shape, runs, walk.rows)
 
     def each_work(body):
         items = used[0] * walk.heads
@@ -352,22 +242,7 @@ def run(
         each_work(one)
         plgpu.wait_smem_to_gmem(0)
 
-    share_registers(produce, consume)
-
-
-def unknown_zero(count: Any) -> Any:
-    """Zero for any count, which the compiler cannot know.
-
-    Addresses of operands that depend on it are computed in each step. Those that do not are kept in
-    registers all along, two for each 16 columns of each operand: with wide heads, more than there
-    are.
-    """
-    return lax.shift_right_arithmetic(count, jnp.int32(31))
-
-
-def copies(buffers: Sequence[Buffer]) -> int:
-    """Arrivals that fill a slot of these."""
-    return sum(buffer.copies for buffer in buffers)
+    share_registers(walk.warpgroups, produce, consume)
 
 
 def _runs(walk: Walk, position, rows: int, shape: Shape) -> Runs:
@@ -376,28 +251,20 @@ def _runs(walk: Walk, position, rows: int, shape: Shape) -> Runs:
     return runs(position, last, shape)
 
 
-def copier(buffers: Sequence[Any], slot: Any, barrier: Any) -> Callable[..., None]:
-    """copy(source, n, *block): into a block of buffer n, and arrives when it is there."""
-
-    def copy(source, n, *block):
-        plgpu.copy_gmem_to_smem(source, buffers[n].at[(slot, *block)], barrier.at[slot])
-
-    return copy
-
-
-def store_rows(values, staging, out, work: Work, own: Own, line: int) -> None:
-    """Writes a warpgroup's [64, width] result in bf16, the rows of its sequence only.
+def store_rows(values, staging, out, work: Work, own: Own) -> None:
+    """Writes a warpgroup's [64, width] result in out's dtype, the rows of its sequence only.
 
     The rows go as blocks of 64, 32, 16 and 8, by the bits of their number, which is rounded up to a
     multiple of 8: no other sequence starts before.
     """
     staging = staging.at[own.warpgroup]
+    line = staging.shape[1]
     left = jnp.minimum(jnp.maximum(work.shape.length - own.position, 0), TILE)
     count = (left + ROW_MULTIPLE - 1) & -ROW_MULTIPLE
     row = work.row(own.position)
     for first in range(0, values.shape[1], line):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        staging[...] = values[:, first : first + line].astype(jnp.bfloat16)
+        staging[...] = values[:, first : first + line].astype(out.dtype)
         plgpu.commit_smem()
         for rows in (64, 32, 16, 8):
             done = 0 if rows == TILE else pl.multiple_of(count & -2 * rows & 63, 2 * rows)
@@ -414,17 +281,17 @@ def call(walk: Walk, kernel: Callable[..., None], out_type: Any, *args: jax.Arra
     """Launches kernel(*args, *outputs, buffers of `run`, weights, staging)."""
     resident = [buffer.memory(walk.slots, walk.line) for buffer in walk.resident]
     streamed = [buffer.memory(walk.stages, walk.line) for buffer in walk.streamed]
+    staged = walk.staging_memory
     scratch = [
         *resident,
         *streamed,
         plgpu.Barrier(num_arrivals=copies(walk.resident), num_barriers=walk.slots),
-        plgpu.Barrier(num_arrivals=2, num_barriers=walk.slots),
+        plgpu.Barrier(num_arrivals=walk.warpgroups, num_barriers=walk.slots),
         plgpu.Barrier(num_arrivals=copies(walk.streamed), num_barriers=walk.stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=walk.stages),
-        swizzled((2, walk.weights, TILE, TILE), walk.line),
+        plgpu.Barrier(num_arrivals=walk.warpgroups, num_barriers=walk.stages),
+        walk.weight_memory,
+        *([] if staged is None else [staged]),
     ]
-    if walk.has_staging:
-        scratch.append(swizzled((2, TILE, walk.line), walk.line))
 
     def body(*refs):
         split = len(refs) - len(scratch)
@@ -433,7 +300,7 @@ def call(walk: Walk, kernel: Callable[..., None], out_type: Any, *args: jax.Arra
             [next(own) for _ in range(n)] for n in (len(resident), len(streamed), 4)
         )
         weights = next(own)
-        staging = next(own) if walk.has_staging else weights.at[:, 0]
+        staging = weights.at[:, 0] if staged is None else next(own)
         kernel(*inputs, (kept, ring, barriers), weights, staging)
 
     return plgpu.kernel(
@@ -441,9 +308,9 @@ def call(walk: Walk, kernel: Callable[..., None], out_type: Any, *args: jax.Arra
         out_type=out_type,
         grid=(walk.programs,),
         grid_names=("program",),
-        num_threads=3,
+        num_threads=walk.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
-        compiler_params=COMPILER_PARAMS,
+        compiler_params=compiler_params(walk.parts),
         kernel_name=walk.name,
     )(*args)

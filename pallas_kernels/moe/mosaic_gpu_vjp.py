@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
+from pallas_kernels._parts import num_parts
 from pallas_kernels.moe import grouped_gemm
 from pallas_kernels.moe.activation import Activation, scaled_nonlinear
 from pallas_kernels.moe.chunks import Chunks, join_chunks, map_chunks
@@ -39,7 +40,7 @@ from pallas_kernels.moe.groups import (
     sum_by_expert,
 )
 from pallas_kernels.moe.mosaic_gpu import in_parts, input_weights, project
-from pallas_kernels.moe.parts import num_parts, num_products, split, step_of
+from pallas_kernels.moe.parts import num_products, split, step_of
 from pallas_kernels.moe.products import contract, scalars, weight_gradient, wide_columns
 from pallas_kernels.moe.ref import Experts, Kept
 

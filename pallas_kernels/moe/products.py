@@ -13,11 +13,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int32
 
+from pallas_kernels._parts import num_parts
 from pallas_kernels.moe import grouped_gemm
 from pallas_kernels.moe.config import MoeConfig
 from pallas_kernels.moe.grouped_gemm import HALF_ROWS, TILE_DEPTH, Gemm, Outbox
 from pallas_kernels.moe.groups import TILE_ROWS, Groups
-from pallas_kernels.moe.parts import num_parts, num_products, step_of
+from pallas_kernels.moe.parts import num_products, step_of
 
 
 def scalars(groups: Groups) -> tuple[Array, ...]:

@@ -1,5 +1,6 @@
 """The HSTU attention kernels as the compiler sees them: no spills, tensor cores, linear memory."""
 
+import re
 from typing import Any
 
 import jax
@@ -16,10 +17,19 @@ pytestmark = [
 MASK = {"max_attn_len": 300, "contextual_len": 3, "min_full_attn_len": 20}
 
 
-def shapes(num_tokens, *, heads=4, widths=(64, 64), max_len=1024, position=False, times=False):
+def shapes(
+    num_tokens,
+    *,
+    heads=4,
+    widths=(64, 64),
+    max_len=1024,
+    position=False,
+    times=False,
+    dtype: Any = jnp.bfloat16,
+):
     """Arguments of `op`, None for what is missing."""
     array = jax.ShapeDtypeStruct
-    q, v = (array((num_tokens, heads, width), jnp.bfloat16) for width in widths)
+    q, v = (array((num_tokens, heads, width), dtype) for width in widths)
     return (
         q,
         q,
@@ -77,13 +87,21 @@ def cached(q, k, v, lengths, targets, position_bias, timestamps, time_bias, *, m
     )
 
 
+def _found(pattern, text):
+    match = re.search(pattern, text)
+    assert match is not None
+    return match[1]
+
+
 def check(report, names):
     kernels = [kernel for kernel in report.kernels if "mosaic" in kernel.name]
     assert len(kernels) == len(names)
     for name in names:
         kernel = report.kernel(f"{name}_mosaic_gpu")
         assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, name
-        assert kernel.registers <= 168, "three warpgroups fit 65,536 registers"
+        entry = kernel.ptx[kernel.ptx.index(f".entry {kernel.name}") :]
+        threads = int(_found(r"\.maxntid (\d+)", entry))
+        assert kernel.registers * threads <= 65_536, "a program's threads fit its registers"
         assert kernel.count("HGMMA") > 0
         assert kernel.count("UTMALDG") >= 3
         assert kernel.count("UTMASTG") >= 4 or name == "hstu_bias_gradient"
@@ -92,26 +110,32 @@ def check(report, names):
 
 
 @pytest.mark.parametrize(
-    ("widths", "biased"),
+    ("widths", "biased", "dtype"),
     [
-        ((32, 96), True),
-        ((64, 64), True),
-        ((128, 128), False),
-        ((256, 224), True),
-        ((256, 256), False),
+        ((32, 96), True, "bfloat16"),
+        ((64, 64), True, "bfloat16"),
+        ((128, 128), False, "bfloat16"),
+        ((256, 224), True, "bfloat16"),
+        ((256, 256), True, "bfloat16"),  # works of 64 rows
+        ((64, 64), False, "float32"),
+        ((128, 128), True, "float32"),
     ],
 )
-def test_out_and_gradients(widths, biased, record_property):
-    arguments = shapes(8192, widths=widths, position=biased, times=biased)
+def test_out_and_gradients(widths, biased, dtype, record_property):
+    arguments = shapes(8192, widths=widths, position=biased, times=biased, dtype=dtype)
     report = compile_for_h200(
         lambda *args: out_and_gradients(*args, max_len=1024, **(MASK if biased else {})),
         *arguments,
     )
-    workload = f"{widths[0]} + {widths[1]}" + ", biases" * biased
+    workload = f"{widths[0]} + {widths[1]}" + ", biases" * biased + ", f32" * (dtype == "float32")
     record_property("kernel_table", table_rows("hstu_attention", workload, report))
     names = ["hstu_attention", "hstu_query_gradient", "hstu_key_gradient"]
     names += ["hstu_value_gradient"] * (sum(widths) > 128) + ["hstu_bias_gradient"] * biased
     check(report, names)
+    # Four operands, of 6 bytes a value in f32, and four results, each before and behind its move.
+    itemsize = jnp.dtype(dtype).itemsize
+    rows = 8192 * 4 * 2 * sum(widths) * (itemsize + (6 if itemsize == 4 else 2))
+    assert report.temp_bytes < rows + 2**26, "more than copies"
 
 
 def test_cached():

@@ -116,12 +116,16 @@ def test_bad_calls_are_explained():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("new", "capacity", "targets", "mask"),
-    [(1, 136, None, Mask()), (70, 131, [3, 0, 20], Mask(40, 2, 10))],
+    ("new", "capacity", "targets", "mask", "dtype"),
+    [
+        (1, 136, None, Mask(), "bfloat16"),
+        (70, 131, [3, 0, 20], Mask(40, 2, 10), "bfloat16"),
+        (3, 131, None, Mask(), "float32"),
+    ],
 )
-def test_simulated_kernel_gives_the_bits_of_whole_sequences(new, capacity, targets, mask):
+def test_simulated_kernel_gives_the_bits_of_whole_sequences(new, capacity, targets, mask, dtype):
     lengths = [65, 3, 130]
-    arrays = whole(lengths, max_len=130, widths=(32, 32), heads=1, dtype="bfloat16")
+    arrays = whole(lengths, max_len=130, widths=(32, 32), heads=1, dtype=dtype)
     own = cached(arrays, new, capacity)
     targets = None if targets is None else np.minimum(targets, lengths).astype(np.int32)
     static = {"alpha": 0.2, "mask": mask, "config": HstuConfig(programs=2)}

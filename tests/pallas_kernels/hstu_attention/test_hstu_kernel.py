@@ -12,9 +12,8 @@ from dense_hstu import dense_hstu, dense_mask
 
 from pallas_kernels._testing import simulate
 from pallas_kernels.hstu_attention import hstu_attention
-from pallas_kernels.hstu_attention.biases import MAX_BUCKETS, bias_arrays
+from pallas_kernels.hstu_attention.biases import MAX_BUCKETS, bias_arrays, by_distance
 from pallas_kernels.hstu_attention.config import HstuConfig, kernel_problem
-from pallas_kernels.hstu_attention.mosaic_gpu_bias_vjp import by_distance
 from pallas_kernels.hstu_attention.ref import time_bucket
 from pallas_kernels.hstu_attention.tiles import TILE, Mask
 from pallas_kernels.hstu_attention.workloads import WORKLOADS
@@ -25,7 +24,16 @@ BUCKETS = 20
 
 
 def arguments(
-    lengths, *, qk_width=64, v_width=64, heads=1, position=False, times=False, seed=0, max_len=200
+    lengths,
+    *,
+    qk_width=64,
+    v_width=64,
+    heads=1,
+    position=False,
+    times=False,
+    seed=0,
+    max_len=200,
+    dtype: Any = jnp.bfloat16,
 ) -> dict[str, Any]:
     """Arrays of the op; behind the last sequence three slots hold large values."""
     rng = np.random.default_rng(seed)
@@ -34,7 +42,7 @@ def arguments(
     def normal(width):
         x = rng.standard_normal((num_tokens, heads, width))
         x[sum(lengths) :] = 1e4
-        return np.asarray(x, jnp.bfloat16)
+        return np.asarray(x, dtype)
 
     table = lambda size: rng.standard_normal((heads, size)).astype(np.float32)  # noqa: E731
     return {
@@ -59,7 +67,7 @@ def call_of(arrays, mask=Mask(), max_len=200):  # noqa: B008
 
 
 def expected(arrays, mask):
-    """(out, gradients of q, k, v and the biases), dense and in f32 of the same inputs."""
+    """(out, gradients of q, k, v and the biases), dense and in float64 of the same inputs."""
     offsets, num_tokens = arrays["offsets"], len(arrays["q"])
     dense = dense_mask(
         offsets,
@@ -85,17 +93,29 @@ def expected(arrays, mask):
         )
 
     used = np.arange(num_tokens)[:, None, None] < offsets[-1]
-    wide = [np.where(used, arrays[name], 0).astype(np.float32) for name in ("q", "k", "v")]
-    d_out = np.where(used, arrays["d_out"], 0).astype(np.float32)
-    out, pull = jax.vjp(op, *wide, arrays["position_bias"], arrays["time_bias"])
-    return out, *pull(jnp.asarray(d_out))
+    rows = [np.where(used, arrays[name], 0) for name in ("d_out", "q", "k", "v")]
+    with jax.enable_x64(True):
+        inputs = (*rows, arrays["position_bias"], arrays["time_bias"])
+        d_out, *wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), inputs)
+        out, pull = jax.vjp(op, *wide)
+        return jax.tree.map(np.asarray, (out, *pull(d_out)))
 
 
 def close(got, want, tolerance=2e-2):
     assert (got is None) == (want is None)
     if want is not None:
-        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+def close_in_f32(results, wanted):
+    """The result to 2e-5, its gradients to 1e-4."""
+    for n, (got, want) in enumerate(zip(results, wanted, strict=True)):
+        assert (got is None) == (want is None)
+        if want is not None:
+            tolerance = 1e-4 if n else 2e-5
+            assert got.dtype == np.float32
+            np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
 
 
 CASES = [
@@ -103,8 +123,8 @@ CASES = [
     ([65, 0, 1, 200, 63, 64], None, Mask(), {"v_width": 32}),
     ([65, 130], [0, 3], Mask(0, 2, 0), {"qk_width": 32, "position": True, "times": True}),
     ([200, 90], [10, 70], Mask(50, 3, 20), {"position": True, "heads": 2}),
-    # So wide that the gradients' rings have one stage.
-    ([130], None, Mask(), {"qk_width": 256, "v_width": 256}),
+    # So wide that the gradients' rings have one stage, and their works 64 rows.
+    ([130], None, Mask(), {"qk_width": 256, "v_width": 256, "position": True, "times": True}),
 ]
 
 
@@ -119,6 +139,26 @@ def test_simulated_op_equals_the_dense_formula_without_races(case):
         close(got, want)
     for rows in results[:4]:
         assert not np.asarray(rows[sum(lengths) :]).any(), "slots behind the last sequence"
+
+
+F32_CASES = [
+    ([65, 0, 1, 200, 63, 64], None, Mask(), {"v_width": 32}),
+    ([65, 130], [0, 3], Mask(0, 2, 0), {"qk_width": 32, "position": True, "times": True}),
+    # So wide that a program takes 64 rows at a time, and keys and values have a kernel each.
+    ([70, 129], [10, 70], Mask(50, 3, 20), {"qk_width": 128, "v_width": 128, "position": True}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(F32_CASES)))
+def test_simulated_op_in_f32_is_near_the_dense_formula_in_float64(case):
+    lengths, targets, mask, options = F32_CASES[case]
+    arrays = arguments(lengths, **options, dtype=np.float32)
+    arrays["num_targets"] = None if targets is None else np.asarray(targets, np.int32)
+    [results] = simulate(CALL, [call_of(arrays, mask)], timeout_s=280)
+    close_in_f32(results, expected(arrays, mask))
+    for rows in results[:4]:
+        assert not rows[sum(lengths) :].any(), "slots behind the last sequence"
 
 
 @pytest.mark.slow
@@ -178,7 +218,9 @@ def test_sums_of_tiles_go_to_their_distances():
 @pytest.mark.parametrize(
     ("width", "v_width", "dtype", "problem"),
     [
-        (64, 64, jnp.float32, "q is float32"),
+        (64, 64, jnp.float16, "q is float16"),
+        (128, 128, jnp.float32, None),
+        (160, 128, jnp.float32, "q and v are 160 and 128 wide"),
         (50, 64, jnp.bfloat16, "heads of q are 50 wide"),
         (64, 288, jnp.bfloat16, "heads of v are 288 wide"),
         (32, 256, jnp.bfloat16, None),
@@ -187,18 +229,35 @@ def test_sums_of_tiles_go_to_their_distances():
 def test_unsupported_calls_are_explained(width, v_width, dtype, problem):
     for leading in ((8, 2), (3, 8, 2)):  # packed and cached
         q, v = (jax.ShapeDtypeStruct((*leading, n), dtype) for n in (width, v_width))
-        found = kernel_problem(q, v)
+        found = kernel_problem(q, q, v)
         assert found is None if problem is None else problem in (found or "")
+
+
+def test_operands_of_two_dtypes_are_explained():
+    q, k = (jax.ShapeDtypeStruct((8, 2, 64), dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    assert "q is float32 and k is bfloat16" in (kernel_problem(q, k, q) or "")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 class TestOnGpu:
     @pytest.mark.parametrize("case", range(len(CASES)))
-    @pytest.mark.parametrize("widths", [(32, 64), (64, 64), (128, 128), (256, 224)])
-    def test_equals_the_dense_formula(self, case, widths):
+    @pytest.mark.parametrize(
+        ("widths", "dtype", "tolerances"),
+        [
+            *[
+                (widths, jnp.bfloat16, (3e-2, 3e-2))
+                for widths in ((32, 64), (64, 64), (128, 128), (256, 224), (256, 256))
+            ],
+            *[
+                (widths, jnp.float32, (2e-5, 1e-4))
+                for widths in ((32, 32), (32, 96), (64, 64), (128, 128), (32, 224))
+            ],
+        ],
+    )
+    def test_equals_the_dense_formula(self, case, widths, dtype, tolerances):
         lengths, targets, mask, options = CASES[case]
-        options = options | {"qk_width": widths[0], "v_width": widths[1]}
+        options = options | {"qk_width": widths[0], "v_width": widths[1], "dtype": dtype}
         arrays = arguments(lengths, **options)
         arrays["num_targets"] = None if targets is None else np.asarray(targets, np.int32)
         alpha = widths[0] ** -0.5
@@ -228,10 +287,11 @@ class TestOnGpu:
 
         names = ("q", "k", "v", "position_bias", "time_bias", "d_out")
         first, second = (run(*(device[name] for name in names)) for _ in range(2))
-        for got, again, want in zip(first, second, expected(arrays, mask), strict=True):
+        wanted = expected(arrays, mask)
+        for n, (got, again, want) in enumerate(zip(first, second, wanted, strict=True)):
             if want is not None:
                 np.testing.assert_array_equal(got, again)
-            close(got, want, 3e-2)
+            close(got, want, tolerances[n > 0])
 
     @pytest.mark.parametrize("name", ["200", "1k"])
     def test_workloads_run_the_kernels(self, name):
