@@ -48,6 +48,7 @@ from jaxrec.retrieval import (
 )
 from jaxrec.train import (
     CheckpointStore,
+    LossConfig,
     OptimizerConfig,
     TrainConfig,
     evaluate_ranking,
@@ -110,6 +111,7 @@ def make_train_config(config: Quickstart) -> TrainConfig:
     """Settings that suit catalogues of some thousand items."""
     return TrainConfig(
         token_budget=1024,
+        loss=LossConfig("sampled", num_negatives=512, negatives="popularity"),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
         ema_decay=0.999,
         num_epochs=config.num_epochs,
