@@ -283,7 +283,37 @@ def faults_section_markdown() -> str:
     )
 
 
+def training_rows(measurements: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """One row a case: medians of ours and of the others, which took how many times as long."""
+    rows = []
+    for case in dict.fromkeys(m["workload"] for m in measurements):
+        times = {m["backend"]: m["p50"] for m in measurements if m["workload"] == case}
+        shown = {
+            name: f"{time / 1e3:.0f}" + f" ({time / times['ours']:.1f}×)" * (name != "ours")
+            for name, time in times.items()
+        }
+        rows.append(
+            {"step of": f"`{case}`"} | {f"{name}, ms": text for name, text in shown.items()}
+        )
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column, "-") for column in columns} for row in rows]
+
+
+def training_section_markdown() -> str:
+    """README's table of training steps beside PyTorch."""
+    results = record.read_all("bench_training")
+    if not results:
+        return "Nothing recorded yet."
+    env = results[-1]["env"]
+    return (
+        f"{report.table_markdown(training_rows(results[-1]['measurements']))}\n\n"
+        f"`{results[-1]['command']}` on {env['device_kind']}, {env['cpu_cores']} cores (jax "
+        f"{env['jax']}): medians of one run, in turns; PyTorch eager, its sequences padded."
+    )
+
+
 SECTIONS = {
+    "bench_training": training_section_markdown,
     "balance_speedup": balance_speedup_section_markdown,
     "faults": faults_section_markdown,
     "bench_retrieval": retrieval_section_markdown,
