@@ -20,7 +20,7 @@ def dropout(
     """
     if key is None or rate == 0:
         return x
-    kept = hash_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
+    kept = hash_bits(key, x.shape) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
     return jnp.where(kept, x / (1 - rate), 0)
 
 

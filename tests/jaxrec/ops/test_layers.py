@@ -22,6 +22,11 @@ def test_dropout_without_a_key_or_a_rate_is_the_identity():
     assert dropout(x, 0.0, jax.random.key(0)) is x
 
 
+def test_dropout_of_nearly_everything():
+    dropped = dropout(jnp.ones((20, 20)), 1 - 1e-12, jax.random.key(0))
+    np.testing.assert_array_equal(dropped, 0)
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_keeps_the_mean_and_drops_its_share(rate):
     x = jnp.full((200, 500), 2.0, jnp.bfloat16)
