@@ -9,7 +9,6 @@ Every seed has a folder of its own under `--folder`; stopped (exit code 75), the
 on. On two CPU cores an epoch of Beauty takes about 6 s; the results say how long whole runs took.
 """
 
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -115,9 +114,11 @@ def run_seed(
     """Trains one seed and evaluates its best step on the test users."""
     model = build_model(setting, dataset, split, seed=seed)
     config = replace(setting.train, seed=seed)
-    started = time.monotonic()
+    before, started = _minutes_before(folder), time.monotonic()
+    _note_minutes(folder, None)  # stays, should this start be killed
     result = train(model, split, config=config, folder=folder, **parallel)
-    minutes = _add_minutes(folder / "minutes.json", (time.monotonic() - started) / 60)
+    minutes = None if before is None else before + (time.monotonic() - started) / 60
+    _note_minutes(folder, minutes)
     if result.stopped_because.startswith("SIG"):
         print(f"stopped by {result.stopped_because}; the same command goes on", file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
@@ -127,17 +128,24 @@ def run_seed(
     best = next(h for h in result.history if h["step"] == result.best_step)
     figures = {**metrics, **{f"valid {name}": best[name] for name in METRICS}}
     figures["best_step"] = float(result.best_step or 0)
-    figures["minutes"] = minutes
-    figures["minutes an epoch"] = minutes / len(result.history)
+    if minutes is not None:  # the minutes of a part would mislead
+        figures["minutes"] = minutes
+        figures["minutes an epoch"] = minutes / len(result.history)
     return figures
 
 
-def _add_minutes(file: Path, minutes: float) -> float:
-    """Minutes that a run took so far, with those of the starts before this one."""
-    before = json.loads(file.read_text()) if file.exists() else 0.0
+def _minutes_before(folder: Path) -> float | None:
+    """Minutes of a run's earlier starts; None where one of them was killed."""
+    if not (folder / "checkpoints").exists():
+        return 0.0
+    file = folder / "minutes.json"
+    return record.read_json(file) if file.exists() else None
+
+
+def _note_minutes(folder: Path, minutes: float | None) -> None:
     if jax.process_index() == 0:
-        file.write_text(json.dumps(before + minutes))
-    return before + minutes
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_json(folder / "minutes.json", minutes)
 
 
 def measurements(runs: list[dict[str, float]], setting: str) -> list[dict[str, Any]]:
