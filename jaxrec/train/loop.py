@@ -35,6 +35,10 @@ MAY_DIFFER = (
 )
 """Settings that change no weight, only when to look, save and stop: they may differ on resuming."""
 
+RUN_AHEAD = 8
+"""Steps the host may be ahead of the devices: enough to hide it, few enough to bound the batches
+that wait, and below the 32 programs with collectives at which several CPU devices deadlock."""
+
 
 class NonFiniteError(FloatingPointError):
     """Training met NaN or infinity; the message names step and parameter."""
@@ -240,6 +244,8 @@ class _Run:
             state, metrics = self.run_step(step_fn, state, put_batch(batch))
             self.step += 1
             self.in_flight.append((self.step, metrics))
+            if len(self.in_flight) > RUN_AHEAD:
+                jax.block_until_ready(self.in_flight[-RUN_AHEAD - 1][1].loss)
             logging = self.due(config.log_every)
             evaluating = evaluate is not None and self.due(config.eval_every)
             saving = evaluating or self.due(config.checkpoint_every)
