@@ -9,8 +9,8 @@ Lengths follow Zipf's law (exponent 1.2) and are packed into the batch's token s
 the same sequences, padded to the longest, and the same first weights. Before anything is timed, the
 states of all tokens must agree. Variants:
 
-  ours                 what each HSTU block keeps is left to automatic differentiation
-  ours, <policy>       or as `jaxrec.ops.hstu_block` says
+  ours                 each HSTU block keeps what `HSTUConfig.save` keeps by default
+  ours, <policy>       another of `jaxrec.ops.hstu_block`; "automatic": automatic differentiation
   torch, torch.compile eager, and, where asked for or on a GPU, compiled
 
 PyTorch is no dependency: without it, its variants are left out. MFU is the share of the device's
@@ -52,7 +52,7 @@ EMA_DECAY = 0.999
 OPTIMIZER = OptimizerConfig()
 TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}  # of the largest state
 PEERS = ("torch", "torch.compile")
-POLICIES = ("projections", "attended", "x")
+POLICIES = {"automatic": None, "attended": "attended", "x": "x"}
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,9 @@ def measure(
     peaks: dict[str, int] = {}
     calls["ours"], peaks["ours"] = our_step(case, batches)
     if isinstance(case.model, HSTUConfig):
-        for save in policies:
-            name = f"ours, {save}"
-            calls[name], peaks[name] = our_step(case, batches, save=save)
+        for policy in policies:
+            name = f"ours, {policy}"
+            calls[name], peaks[name] = our_step(case, batches, save=POLICIES[policy])
     for name in peers:
         try:
             calls[name] = torch_step(case, batches, checks, compiled=name == "torch.compile")
@@ -292,7 +292,7 @@ def _options() -> argparse.Namespace:
     on_gpu = jax.default_backend() == "gpu"
     default = tuple(cases()) if on_gpu else ON_CPU
     parser.add_argument("--cases", nargs="+", choices=list(cases()), default=list(default))
-    parser.add_argument("--policies", nargs="*", choices=POLICIES, default=["projections"])
+    parser.add_argument("--policies", nargs="*", choices=list(POLICIES), default=["automatic"])
     peers = PEERS if on_gpu else PEERS[:1]
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(peers))
     parser.add_argument("--repeats", type=int, default=20, help="samples of each variant")

@@ -65,7 +65,7 @@ class HSTUConfig:
     num_attributes: int = 0
     attribute_slots: int = 0
     moe: MoEConfig | None = None
-    save: Save | None = None
+    save: Save | None = "projections"
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "HSTUConfig":

@@ -36,7 +36,7 @@ def test_a_run_is_recorded(tmp_path, monkeypatch, capsys):
     arguments = ["bench_training", "--quick", "--cases", "ml1m_hstu", "--repeats", "1"]
     monkeypatch.setattr("sys.argv", [*arguments, "--scratch", "--results", str(tmp_path)])
     bench_training.main()
-    assert "ours, projections" in capsys.readouterr().out
+    assert "ours, automatic" in capsys.readouterr().out
     (path,) = tmp_path.glob("bench_training/*.json")
     measured = {row["backend"]: row for row in json.loads(path.read_text())["measurements"]}
     assert measured["ours"]["tokens/s"] > 0
