@@ -308,7 +308,8 @@ def training_section_markdown() -> str:
     return (
         f"{report.table_markdown(training_rows(results[-1]['measurements']))}\n\n"
         f"`{results[-1]['command']}` on {env['device_kind']}, {env['cpu_cores']} cores (jax "
-        f"{env['jax']}): medians of one run, in turns; PyTorch eager, its sequences padded."
+        f"{env['jax']}): medians of one run, in turns; PyTorch eager, its sequences padded; "
+        "automatic: blocks keep what automatic differentiation keeps."
     )
 
 
