@@ -185,10 +185,10 @@ def _forward(x, weights, arrays, how):
 
 def _backward(how, kept, dy):
     shape, _ = how
-    # Without the barrier the compiler would see that the forward pass computes the same, and keep
-    # that instead.
+    # Without the barrier the compiler would see that the forward pass computes the same, dropout's
+    # mask included, and keep that instead.
     x, weights, arrays, z, attended = kept
-    x, z, attended, dy = lax.optimization_barrier((x, z, attended, dy))
+    x, key, z, attended, dy = lax.optimization_barrier((x, arrays.key, z, attended, dy))
     if z is None:
         z = project(x, weights)
     u, vqk = z[:, : shape.gate_columns], z[:, shape.gate_columns :]
@@ -199,7 +199,7 @@ def _backward(how, kept, dy):
     biases = weights.position_bias, weights.time_bias
     recomputed, pull_attention = jax.vjp(attend, vqk, *biases)
     attended = recomputed if attended is None else attended
-    end = partial(finish, rate=shape.dropout, key=arrays.key)
+    end = partial(finish, rate=shape.dropout, key=key)
     _, pull_end = jax.vjp(end, x, u, attended, weights)
     dx, du, d_attended, d_end = pull_end(dy)
     dvqk, *d_biases = pull_attention(d_attended)

@@ -99,17 +99,18 @@ def test_formula():
 @pytest.mark.parametrize("save", ["x", "projections", None])
 def test_a_layer_more_costs_what_it_saves(save):
     """In the compiled program: what is to be repeated is not kept behind the policy's back."""
-    tokens, width, shape = 2048, 64, HSTUShape(2, 16, 32, 32)
+    tokens, width, shape = 2048, 64, HSTUShape(2, 16, 32, 32, dropout=0.2)
     weights = weights_of(shape, width, time=False)
 
     def temporary(layers):
-        def loss(x, weights, offsets):
-            for _ in range(layers):
-                x = hstu_block(x, weights, offsets, shape=shape, save=save)
+        def loss(x, weights, offsets, key):
+            for number in range(layers):
+                own = jax.random.fold_in(key, number)
+                x = hstu_block(x, weights, offsets, shape=shape, key=own, save=save)
             return x.sum()
 
         arguments = [jax.ShapeDtypeStruct((tokens, width), jnp.float32), weights]
-        arguments.append(jax.ShapeDtypeStruct((65,), jnp.int32))
+        arguments += [jax.ShapeDtypeStruct((65,), jnp.int32), jax.random.key(0)]
         compiled: Any = jax.jit(jax.grad(loss, argnums=1)).lower(*arguments).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
