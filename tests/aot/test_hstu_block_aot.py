@@ -1,5 +1,7 @@
 """What a stack of HSTU blocks keeps on an H200 is what `hstu_block_saved_bytes` says."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,7 +21,8 @@ COLUMNS = 2 * SHAPE.heads * (SHAPE.qk_width + SHAPE.v_width)
 def weights() -> HSTUWeights:
     sizes = (WIDTH,), (WIDTH,), (WIDTH, COLUMNS), (COLUMNS,), (SHAPE.gate_columns, WIDTH), (WIDTH,)
     shapes = (*sizes, (SHAPE.heads, SHAPE.max_len))
-    return HSTUWeights(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    arrays: list[Any] = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return HSTUWeights(*arrays)
 
 
 def temporary(num_blocks: int) -> int:
