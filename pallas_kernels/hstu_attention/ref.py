@@ -115,7 +115,10 @@ def hstu_attention_ref(
         if time_bias is not None and q_time is not None and k_time is not None:
             elapsed = q_time[:, :, None] - band.at_offset(k_time, offset)[:, None, :]
             bucket = time_bucket(elapsed, time_bias.shape[1])
-            scores += jnp.moveaxis(time_bias[:, bucket], 0, 1)
+            # A table for each block: their gradients are summed one by one and then together, as
+            # one sum of all pairs would lose digits.
+            tables = jnp.broadcast_to(time_bias, (bucket.shape[0], *time_bias.shape))
+            scores += jax.vmap(lambda table, own: table[:, own])(tables, bucket)
         at_offset = Coordinates(*(band.at_offset(x, offset) for x in key))
         valid = attends(query, at_offset, distance == 0, masking)
         valid &= (query.segment < num_sequences)[:, :, None]

@@ -1,5 +1,6 @@
 """The op equals the dense formula, in values and gradients, for every mask and bias."""
 
+from itertools import pairwise
 from typing import Any
 
 import attention_cases as cases
@@ -141,6 +142,58 @@ def test_gradients_equal_the_dense_formulas(max_len):
         np.testing.assert_allclose(grad / scale, expected / scale, atol=1e-5)
     for grad in actual[:3]:
         assert not np.asarray(grad[offsets[-1] :]).any()
+
+
+@pytest.mark.slow
+def test_short_and_long_sequences_together_in_float64():
+    lengths, heads = [0, 1, 63, 64, 65, 200, 4096], 1
+    offsets, num_tokens, max_len = cases.offsets_of(lengths), sum(lengths), max(lengths)
+    bias = biases(12, num_tokens, heads=heads, max_len=max_len)
+    tables = [bias["position_bias"], bias["time_bias"]]
+    rows = qkv(12, num_tokens, heads=heads)
+    d_out = np.random.default_rng(12).normal(size=rows[2].shape).astype(np.float32)
+
+    def op(*args):
+        q, k, v, position_bias, time_bias = args
+        return hstu_attention(
+            q, k, v, jnp.asarray(offsets), max_len=max_len, position_bias=position_bias,
+            timestamps=jnp.asarray(bias["timestamps"]), time_bias=time_bias,
+        )  # fmt: skip
+
+    out, pull = jax.vjp(jax.jit(op), *on_device(*rows, *tables))
+    q_grad, k_grad, v_grad, *table_grads = pull(jnp.asarray(d_out))
+    wanted_tables = [np.zeros_like(table, np.float64) for table in tables]
+    for start, end in pairwise(offsets):
+        own = slice(start, end)
+        wanted = dense_value_and_gradients(
+            [x[own] for x in rows], tables, d_out[own], bias["timestamps"][own], max_len
+        )
+        assert_near(out[own], wanted[0], 2e-5)
+        for got, want in zip((q_grad, k_grad, v_grad), wanted[1:4], strict=True):
+            assert_near(got[own], want, 1e-4)
+        wanted_tables = [total + one for total, one in zip(wanted_tables, wanted[4:], strict=True)]
+    for got, want in zip(table_grads, wanted_tables, strict=True):
+        assert_near(got, want, 1e-4)
+
+
+def assert_near(got, want, tolerance):
+    """Within a share of the largest value."""
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max(initial=0))
+
+
+def dense_value_and_gradients(rows, tables, d_out, timestamps, max_len):
+    """(out, gradients of q, k, v and the biases) of one sequence, in float64."""
+    mask = np.tri(len(d_out), dtype=bool)
+
+    def dense(q, k, v, position_bias, time_bias):
+        return dense_hstu(
+            jnp, q, k, v, mask, scale=1 / max_len, position_bias=position_bias,
+            time_bias=time_bias, timestamps=timestamps,
+        )  # fmt: skip
+
+    with jax.enable_x64(True):
+        out, pull = jax.vjp(dense, *(jnp.asarray(x, jnp.float64) for x in (*rows, *tables)))
+        return [np.asarray(x) for x in (out, *pull(jnp.asarray(d_out, jnp.float64)))]
 
 
 def test_gradients_by_finite_differences():

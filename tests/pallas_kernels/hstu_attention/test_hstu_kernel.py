@@ -293,7 +293,7 @@ class TestOnGpu:
                 np.testing.assert_array_equal(got, again)
             close(got, want, tolerances[n > 0])
 
-    @pytest.mark.parametrize("name", ["200", "1k"])
+    @pytest.mark.parametrize("name", ["200", "1k", "4k"])
     def test_workloads_run_the_kernels(self, name):
         workload = WORKLOADS[name]
         arrays = [jax.device_put(array) for array in workload.arrays(0)]
