@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from pallas_kernels._backend import Backend, resolve
+from pallas_kernels._sequences import checked_offsets
 from pallas_kernels.hstu_attention.config import HstuConfig, kernel_problem
 from pallas_kernels.hstu_attention.ref import Masking, hstu_attention_ref
 from pallas_kernels.hstu_attention.tiles import Mask
@@ -46,7 +47,7 @@ def hstu_attention(
       q, k, v: packed tokens; bf16 or f32; scores and sums are f32. The kernels multiply f32 as
         three bf16 parts of each value: within 2e-5 of float64, and gradients within 1e-4.
       seq_offsets: non-decreasing, starts at 0; slots behind `seq_offsets[-1]` give zeros.
-      max_len: upper bound on the sequence lengths (static). Longer sequences are undefined.
+      max_len: upper bound on the sequence lengths (static).
       alpha: factor on q·k; None means 1.
       attn_scale: factor on the sum, one for all or one a token; None means 1 / max_len.
       num_targets: how many of each sequence's last tokens are targets; at most its length without
@@ -61,14 +62,16 @@ def hstu_attention(
       position_bias: added to the scores by distance t - s in slots; position_bias[:, 0] where a
         contextual token looks ahead.
       timestamps, time_bias: added by bucket floor(2·log2(1 + |seconds between|)), the last one for
-        all that lie beyond.
+        all that lie beyond; in any order, of any sign.
       backend: "xla"; "mosaic_gpu" on Hopper for widths that are multiples of 32 up to 256, in f32
         up to 256 together; or None for the best supported. A name never falls back.
       config: sizes of the kernels; the XLA backend has none.
 
     Raises:
       ValueError: max_len < 1, a negative length, one of timestamps and time_bias without the other;
-        `BackendError` for a named backend that cannot run this call.
+        `BackendError` for a named backend that cannot run this call. Offsets that do not begin at
+        0, decrease, end behind the slots or make a sequence longer than max_len; inside `jax.jit`,
+        where values are unknown, the whole result is NaN instead.
 
     Gradient: of q, k, v, attn_scale and the biases; deterministic on the kernels.
     Cost: the kernels compute tiles of 64 × 64 pairs, 2·(Dqk + Dv) FLOPs a pair and head forward and
@@ -86,7 +89,10 @@ def hstu_attention(
     scale = scale[:, None, None] if scale.ndim else scale
     alpha = 1.0 if alpha is None else alpha
     mask = Mask(max_attn_len, contextual_len, min_full_attn_len)
-    seq_offsets = jnp.asarray(seq_offsets)
+    seq_offsets, sound = checked_offsets(
+        "hstu_attention", seq_offsets, num_tokens=q.shape[0], max_len=max_len
+    )
+    scale = jnp.where(sound, scale, jnp.nan)
     if chosen == "mosaic_gpu" and q.shape[0] and seq_offsets.shape[0] > 1:
         how = _How(max_len, alpha, mask, config or HstuConfig())
         lists = _Lists(seq_offsets, num_targets, timestamps)

@@ -289,6 +289,35 @@ def test_errors(options, message):
         hstu_attention(*arrays, **{"max_len": 4} | options)
 
 
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([1, 4], "begin at 1; expected 0"),
+        ([0, 3, 2, 4], "decrease from 3 to 2 at number 2"),
+        ([0, 2, 5], "end at 5, but there are 4 token slots"),
+        ([0, 4], "sequence 0 has 4 tokens, more than max_len=3; raise max_len"),
+    ],
+    ids=str,
+)
+def test_unsound_offsets_are_explained_or_give_nan(offsets, message):
+    arrays = on_device(*qkv(0, 4), np.array(offsets, np.int32))
+    with pytest.raises(ValueError, match=message):
+        hstu_attention(*arrays, max_len=3)
+    assert np.isnan(attend(*arrays, max_len=3)).all()
+
+
+def test_timestamps_count_by_their_distance_alone():
+    args = on_device(*qkv(4, 30), cases.offsets_of([17, 13]))
+    bias = jax.tree.map(jnp.asarray, biases(4, 30, max_len=17))
+    times = bias.pop("timestamps")  # in no order
+    moved, turned = (
+        attend(*args, max_len=17, timestamps=x, **bias) for x in (times - 10_000, -times)
+    )
+    straight = attend(*args, max_len=17, timestamps=times, **bias)
+    np.testing.assert_array_equal(moved, straight)
+    np.testing.assert_array_equal(turned, straight)
+
+
 def test_a_named_backend_never_falls_back():
     arrays = on_device(*qkv(0, 4), cases.offsets_of([4]))
     named = hstu_attention(*arrays, max_len=4, backend="xla")
