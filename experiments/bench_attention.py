@@ -9,6 +9,7 @@ into the same number of tokens. Ours is `hstu_attention`, with and without its b
 beside
   xla       the same operation's XLA reference, with and without biases
   padded    sequences padded to the longest, scores as one [B, H, L, L] array
+  softmax   `softmax_attention` of the packed sequences, by the backend it takes itself, and by XLA
   jax       `jax.nn.dot_product_attention` on padded sequences: a softmax, the same products
   tokamax   tokamax's `dot_product_attention`, where it is installed; likewise
   matmul    one dense product of as many FLOPs: what the machine can do
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import record, report
-from pallas_kernels import hstu_attention
+from pallas_kernels import hstu_attention, softmax_attention
 from pallas_kernels._timing import Timing, time_interleaved
 
 SEED = 0
@@ -134,6 +135,13 @@ def variants(case: Case, pass_name: str) -> dict[str, Variant]:
         for backend_name, backend in (("ours", None), ("xla", "xla")):
             run = hstu(backend, given)
             found[backend_name + name] = Variant(run, inputs, answers=f"silu{name}")
+
+    def softmax(backend):
+        options = {"max_len": case.longest, "scale": alpha, "backend": backend}
+        return lambda q, k, v: softmax_attention(q, k, v, offsets, **options)
+
+    found["softmax"] = Variant(softmax(None), qkv, answers="softmax")
+    found["softmax, xla"] = Variant(softmax("xla"), qkv, answers="softmax")
     return (
         found | _padded_variants(case, qkv, offsets, alpha) | {"matmul": _matmul(case, pass_name)}
     )
@@ -165,6 +173,7 @@ def _padded_variants(case, qkv, offsets, alpha) -> dict[str, Variant]:
         ),
         inputs,
         packed,
+        "softmax",
     )
     try:
         import tokamax  # pyright: ignore[reportMissingImports]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax
 
-type Backend = Literal["xla", "mosaic_gpu"]
+type Backend = Literal["xla", "mosaic_gpu", "cudnn"]
 
 _HOPPER = 90
 _KIND_CAPABILITY = {"H100": 90, "H200": 90, "GH200": 90, "B200": 100, "GB200": 100}
@@ -21,36 +21,38 @@ def resolve(
     backend: str | None,
     shape_problem: Callable[[], str | None],
     *,
+    kernel: Literal["mosaic_gpu", "cudnn"] = "mosaic_gpu",
     wgmma: bool = False,
 ) -> Backend:
-    """The backend that `op` runs on.
+    """The backend that `op` runs on: "xla" or its `kernel`.
 
     The target is the device of the surrounding abstract mesh if there is one (a device-less compile
     sets it), else JAX's default device.
 
     Args:
       op: public name of the operation, for the error message.
-      backend: None takes "mosaic_gpu" where it is supported, else "xla".
+      backend: None takes the kernel where it is supported, else "xla".
       shape_problem: says what keeps the kernel from these shapes and dtypes, or None; called only
         where the device could run it.
+      kernel: what the op has beside XLA.
       wgmma: the kernel uses Hopper's matrix instructions, which later GPUs lack.
 
     Raises:
       BackendError: the name is unknown, or the named backend cannot run this call.
     """
-    if backend not in (None, "xla", "mosaic_gpu"):
+    if backend not in (None, "xla", kernel):
         raise BackendError(
-            f"{op}: unknown backend {backend!r}; expected 'xla', 'mosaic_gpu' or None (the best)."
+            f"{op}: unknown backend {backend!r}; expected 'xla', {kernel!r} or None (the best)."
         )
     if backend == "xla":
         return "xla"
     problem = _device_problem(wgmma) or shape_problem()
     if problem is None:
-        return "mosaic_gpu"
+        return kernel
     if backend is None:
         return "xla"
     raise BackendError(
-        f"{op}: backend 'mosaic_gpu' cannot run this call: {problem}. "
+        f"{op}: backend {kernel!r} cannot run this call: {problem}. "
         "Pass backend=None for the best supported backend, or backend='xla'."
     )
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
@@ -53,6 +54,7 @@ _H200_CHIP = {
     "registers_per_core_limit": 65536,
     "registers_per_block_limit": 65536,
 }
+_CAPABILITY, _CUDNN = 9.0, 91000  # the latter as cuDNN writes its version 9.10.0
 _H200 = """
 gpu_device_info {{
   {chip}
@@ -235,6 +237,15 @@ def h200_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
     return Mesh(devices, tuple(axes))
 
 
+def cudnn_of_an_h200() -> contextlib.AbstractContextManager[Any]:
+    """JAX asks the machine that traces for its cuDNN and its GPU; meanwhile it hears an H200's."""
+    return mock.patch.multiple(
+        "jax._src.cudnn.fused_attention_stablehlo",
+        check_cudnn_version=lambda: _CUDNN,
+        check_compute_capability=lambda wanted: float(wanted) <= _CAPABILITY,
+    )
+
+
 def compile_for_h200(
     fn: Callable[..., Any],
     *args: Any,
@@ -277,7 +288,7 @@ def compile_for_h200(
         # Passed to this compile alone: dump flags in XLA_FLAGS abort concurrent CPU compiles.
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"} if kernels else {}
         with _environment(_wishes(Path(folder) if kernels else None)):
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), cudnn_of_an_h200():
                 lowered = jitted.lower(*args)
             compiled = lowered.compile(compiler_options=options | dict(compiler_options or {}))
         reports = [kernel for ptx in sorted(Path(folder).rglob("*.ptx")) for kernel in _read(ptx)]

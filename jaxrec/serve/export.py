@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from jaxrec.retrieval.retriever import Retriever
 
 FORMAT = 1
+_CUSTOM_CALLS = ("mosaic_gpu_v2", "__cudnn$fmhaSoftmax")  # an export is for one version of JAX
 _CATALOG = ("catalog_hashes", "catalog_head_rows")
 _PLAN = ("opcodes", "operands", "term_ids")
 
@@ -169,7 +170,7 @@ def _programs(retriever, sizes, max_length, steps, platforms, **options):
             "operands": np.zeros((size, steps, hashes), np.uint32),
             "term_ids": np.zeros((size, steps), np.int32),
         }
-        checks = [jax.export.DisabledSafetyCheck.custom_call(n) for n in ("mosaic_gpu_v2",)]
+        checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
         export = jax.export.export(jax.jit(serve), platforms=platforms, disabled_checks=checks)
         return export(stored, batch, plan)
 

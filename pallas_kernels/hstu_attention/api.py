@@ -78,7 +78,8 @@ def hstu_attention(
     2·(4·Dqk + 3·Dv) backward, six times as many in f32, and copy q, k, v and out once more than
     they must (`HstuConfig`).
     XLA: about 2·T·(max_len + 1.5·block)·H·(Dqk + Dv) FLOPs, twice that with contextual tokens,
-    block = 16 … 128 near max_len / 2. Memory: 4·T·block·H bytes a matrix of scores, never L × L;
+    block = 16 … 128 near max_len / 2; or 2·B·max_len²·H·(Dqk + Dv), a block for each sequence,
+    where that is less and max_len ≤ 256. Memory: 4·T·block·H bytes a matrix of scores, linear in T;
     the gradient keeps up to four of them (`UNROLL_LIMIT`) and recomputes longer bands.
     Source: HSTU (arXiv 2402.17152); the masks are those of generative-recommenders' operator.
     """

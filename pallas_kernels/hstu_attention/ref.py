@@ -91,7 +91,7 @@ def hstu_attention_ref(
 ) -> jax.Array:
     """The definition of correct; arguments as in `api.hstu_attention`."""
     num_tokens = q.shape[0]
-    band = make_band(num_tokens, max_len, look_ahead=masking.contextual_len > 0)
+    band = make_band(seq_offsets, num_tokens, max_len, look_ahead=masking.contextual_len > 0)
     coordinates = mask_coordinates(seq_offsets, num_tokens, masking)
     num_sequences = seq_offsets.shape[0] - 1
     query = Coordinates(*(band.split(x, fill=-1) for x in coordinates))
@@ -131,5 +131,5 @@ def hstu_attention_ref(
         )
 
     init = jnp.zeros((*q_blocks.shape[:3], v.shape[-1]), jnp.float32)
-    out = from_blocks(band.accumulate(step, init), num_tokens)
+    out = from_blocks(band, band.accumulate(step, init), num_tokens)
     return (out * attn_scale).astype(v.dtype)

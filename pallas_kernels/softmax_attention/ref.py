@@ -36,16 +36,23 @@ class _Blocks(NamedTuple):
 
 def _cut(q: Any, k: Any, v: Any, seq_offsets: jax.Array, max_len: int, scale: float) -> _Blocks:
     num_tokens = q.shape[0]
-    band = make_band(num_tokens, max_len)
+    band = make_band(seq_offsets, num_tokens, max_len)
     segment, _ = token_coordinates(seq_offsets, num_tokens)
     inside = segment < seq_offsets.shape[0] - 1
+    # Behind a barrier, as XLA would compute them again for every pair.
+    q_segment, k_segment = jax.lax.optimization_barrier(
+        (
+            band.split(jnp.where(inside, segment, -1), fill=-1),
+            band.surround(band.split(jnp.where(inside, segment, -2), fill=-2), fill=-2),
+        )
+    )
     return _Blocks(
         band,
         to_blocks(band, q * scale),
         band.surround(to_blocks(band, k)),
         band.surround(to_blocks(band, v)),
-        band.split(jnp.where(inside, segment, -1)),
-        band.surround(band.split(jnp.where(inside, segment, -2), fill=-2), fill=-2),
+        q_segment,
+        k_segment,
     )
 
 
@@ -85,7 +92,7 @@ def forward(
     empty = total == 0
     out = acc / jnp.where(empty, 1, total)[..., None]
     log_total = jnp.where(empty, -MASKED, peak + jnp.log(jnp.where(empty, 1, total)))
-    return from_blocks(out, q.shape[0]).astype(v.dtype), log_total
+    return from_blocks(blocks.band, out, q.shape[0]).astype(v.dtype), log_total
 
 
 def backward(
@@ -125,7 +132,7 @@ def backward(
     dq, dk, dv = band.accumulate(step, init)
     tokens = q.shape[0]
     return (
-        (from_blocks(dq, tokens) * scale).astype(q.dtype),
-        from_blocks(band.inner(dk), tokens).astype(k.dtype),
-        from_blocks(band.inner(dv), tokens).astype(v.dtype),
+        (from_blocks(band, dq, tokens) * scale).astype(q.dtype),
+        from_blocks(band, band.inner(dk), tokens).astype(k.dtype),
+        from_blocks(band, band.inner(dv), tokens).astype(v.dtype),
     )

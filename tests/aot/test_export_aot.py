@@ -1,7 +1,9 @@
 """Exported retrievers for NVIDIA GPUs, made and compiled on a machine without one."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxrec.nn import SASRec, SASRecConfig
 from jaxrec.ops.jagged import JaggedBatch
 from jaxrec.retrieval import Retriever
 from jaxrec.retrieval.planner import SMALL_ROWS
 from jaxrec.serve import export_retriever
-from pallas_kernels.aot import aot_available, compile_for_h200, h200_mesh
+from pallas_kernels.aot import aot_available, compile_for_h200, cudnn_of_an_h200, h200_mesh
 
 pytestmark = [
     pytest.mark.aot,
@@ -40,9 +43,9 @@ def retriever():
     return build(NUM_ITEMS)
 
 
-def build(num_items):
+def build(num_items, tower: Callable[[int], Any] = LastItemTower):
     features = {"tag": np.arange(num_items) % 50}
-    return Retriever.build(LastItemTower(num_items), features, key=jax.random.key(0), nlist=8)
+    return Retriever.build(tower(num_items), features, key=jax.random.key(0), nlist=8)
 
 
 def compiled(folder: Path):
@@ -78,3 +81,17 @@ def test_the_program_for_cuda_alone_holds_the_kernels(tmp_path):
     assert "ivf_scan_mosaic_gpu" in report.hlo_text
     assert "bloom_search_mosaic_gpu" in report.hlo_text
     assert jnp.zeros(1).devices().pop().platform == "cpu"
+
+
+def test_the_program_for_cuda_alone_holds_cudnns_attention(tmp_path):
+    config = SASRecConfig(
+        num_items=NUM_ITEMS, max_len=16, width=16, num_heads=2, compute_dtype="bfloat16"
+    )
+    retriever = build(NUM_ITEMS, lambda _: SASRec(config, rngs=nnx.Rngs(0)))
+    with jax.sharding.use_abstract_mesh(h200_mesh().abstract_mesh), cudnn_of_an_h200():
+        folder = export_retriever(
+            retriever, tmp_path / "out", k=5, batch_sizes=(1,), max_length=16, platforms=("cuda",)
+        )
+    _, report = compiled(folder)
+    assert_stays_on_the_device(report)
+    assert report.hlo_text.count('"__cudnn$fmhaSoftmax"') == config.num_blocks

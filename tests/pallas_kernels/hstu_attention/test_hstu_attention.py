@@ -62,11 +62,12 @@ def check(lengths, num_targets, mask_options, *, num_tokens, max_len, seed=0, wi
 
 @pytest.mark.parametrize("options", MASKS, ids=str)
 @settings(max_examples=12, deadline=None)
-@given(LENGTHS, st.booleans(), st.integers(0, 2**16))
-def test_equals_the_dense_formula(options, lengths, with_targets, seed):
+@given(LENGTHS, st.sampled_from([0, 20]), st.booleans(), st.integers(0, 2**16))
+def test_equals_the_dense_formula(options, lengths, num_empty, with_targets, seed):
+    """A block a sequence costs less than equal blocks, and with empty sequences more."""
     contextual = options.get("contextual_len", 0)
-    lengths = [n if n >= contextual else 0 for n in lengths]
-    targets = np.zeros(5, np.int32)
+    lengths = [n if n >= contextual else 0 for n in lengths] + [0] * num_empty
+    targets = np.zeros(len(lengths), np.int32)
     if with_targets:
         room = np.maximum(np.array(lengths) - contextual, 0)
         targets = np.random.default_rng(seed).integers(0, room + 1).astype(np.int32)

@@ -15,6 +15,8 @@ from jax.test_util import check_grads
 
 from pallas_kernels import BackendError, softmax_attention
 from pallas_kernels._testing import assert_close
+from pallas_kernels.softmax_attention import cudnn
+from pallas_kernels.softmax_attention.workloads import WORKLOADS
 
 attend: Any = jax.jit(softmax_attention, static_argnames=("max_len", "scale"))
 
@@ -41,9 +43,10 @@ def check(lengths, *, num_tokens, max_len, seed=0):
 
 
 @settings(max_examples=25, deadline=None)
-@given(LENGTHS, st.integers(0, 2**16))
-def test_equals_the_dense_formula(lengths, seed):
-    check(lengths, num_tokens=NUM_TOKENS, max_len=MAX_LEN, seed=seed)
+@given(LENGTHS, st.sampled_from([0, 20]), st.integers(0, 2**16))
+def test_equals_the_dense_formula(lengths, num_empty, seed):
+    """A block a sequence costs less than equal blocks, and with empty sequences more."""
+    check([*lengths, *[0] * num_empty], num_tokens=NUM_TOKENS, max_len=MAX_LEN, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +154,73 @@ def test_memory_is_linear_in_tokens(length):
     assert memory.temp_size_in_bytes <= 8 * length * 128 * 4
 
 
+def padded(q, k, v, offsets, *, max_len, scale):
+    """What the cuDNN backend does, by JAX's XLA implementation."""
+    how = {"max_len": max_len, "scale": scale, "implementation": "xla"}
+    return cudnn.attention(q, k, v, jnp.asarray(offsets), **how)
+
+
+@pytest.mark.parametrize("lengths", [[33, 0, 17, 1], [0, 0], [0, 33, 0]])
+def test_the_padded_form_equals_the_dense_formula(lengths):
+    offsets = cases.offsets_of(lengths)
+    args = qkv(13, sum(lengths) + 5, v_width=8)
+
+    def op(q, k, v):
+        return padded(q, k, v, offsets, max_len=33, scale=0.4)
+
+    out = np.asarray(jax.jit(op)(*on_device(*args)))
+    wide = [x.astype(np.float64) for x in args]
+    assert_close(out, dense_softmax(np, *wide, offsets=offsets, scale=0.4), dtype="float32")
+    assert not out[offsets[-1] :].any()
+    gradient = jax.grad(lambda *xs: cases.weighted_sum(op(*xs)), argnums=(0, 1, 2))
+    lowered = jax.jit(gradient).lower(*on_device(*args))
+    assert "scatter" not in lowered.as_text()
+    dense = cases.gradients64(
+        lambda *xs: dense_softmax(jnp, *xs, offsets=offsets, scale=0.4), *args
+    )
+    for grad, expected in zip(lowered.compile()(*on_device(*args)), dense, strict=True):
+        np.testing.assert_allclose(grad, expected, atol=1e-5 * max(np.abs(expected).max(), 1))
+        assert not np.asarray(grad[offsets[-1] :]).any()
+
+
+def test_what_keeps_cudnn_away(monkeypatch):
+    def problem(tokens=8, sequences=2):
+        x = jnp.zeros((tokens, 2, 8), jnp.bfloat16)
+        return cudnn.problem(x, x, x, jnp.zeros(sequences + 1, jnp.int32), 4)
+
+    assert "no token" in str(problem(tokens=0))
+    assert "no sequence" in str(problem(sequences=0))
+    narrow = jnp.zeros((8, 2, 4), jnp.bfloat16)
+    offsets = jnp.zeros(3, jnp.int32)
+    wide = jnp.zeros((8, 2, 8), jnp.bfloat16)
+    assert "value shape" in str(cudnn.problem(wide, wide, narrow, offsets, 4))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    assert "xla_gpu_deterministic_ops" in str(problem())
+
+
+def test_padding_counts_against_short_sequences():
+    width = 64
+    assert cudnn.wasteful(64, 64 * 200, 200, width) is None
+    assert "padding would move" in str(cudnn.wasteful(64, 64 * 50, 50, width))
+    assert "padding would move" in str(cudnn.wasteful(4096, 64 * 200, 200, width))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([1, 4], "begin at 1"),
+        ([0, 3, 2], "decrease from 3 to 2"),
+        ([0, 9], "end at 9, but there are 4"),
+        ([0, 4], "sequence 0 has 4 tokens, more than max_len=3"),
+    ],
+)
+def test_unsound_offsets(offsets, message):
+    arrays = on_device(*qkv(0, 4), np.asarray(offsets, np.int32))
+    with pytest.raises(ValueError, match=f"softmax_attention: .*{message}"):
+        softmax_attention(*arrays, max_len=3)
+    assert np.isnan(attend(*arrays, max_len=3)).all()
+
+
 def test_no_tokens():
     nothing = [x[:0] for x in qkv(0, 1)]
     assert attend(*on_device(*nothing, cases.offsets_of([0])), max_len=20).shape == (0, 2, 12)
@@ -160,7 +230,45 @@ def test_errors():
     arrays = on_device(*qkv(0, 4), cases.offsets_of([4]))
     with pytest.raises(ValueError, match="max_len is 0"):
         softmax_attention(*arrays, max_len=0)
-    with pytest.raises(BackendError, match="mosaic_gpu"):
+    with pytest.raises(BackendError, match="unknown backend 'mosaic_gpu'; expected 'xla', 'cudnn'"):
         softmax_attention(*arrays, max_len=4, backend="mosaic_gpu")
+    with pytest.raises(BackendError, match="backend 'cudnn' cannot run this call: it needs"):
+        softmax_attention(*arrays, max_len=4, backend="cudnn")
     named = softmax_attention(*arrays, max_len=4, backend="xla")
     np.testing.assert_array_equal(named, softmax_attention(*arrays, max_len=4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+class TestOnGpu:
+    @pytest.mark.parametrize("width", [8, 64, 128, 256])
+    @pytest.mark.parametrize("lengths", [[0, 1, 63, 64, 65, 200], [4096, 0, 17]])
+    def test_cudnn_equals_the_dense_formula(self, lengths, width):
+        offsets, num_tokens = cases.offsets_of(lengths), sum(lengths) + 5
+        wide = qkv(17, num_tokens, qk_width=width, v_width=width)
+        args = [jnp.asarray(x, jnp.bfloat16) for x in wide]
+
+        def op(q, k, v):
+            how = {"max_len": max(lengths), "backend": "cudnn"}
+            return softmax_attention(q, k, v, jnp.asarray(offsets), **how).astype(jnp.float32)
+
+        out = np.asarray(jax.jit(op)(*args))
+        rounded = [np.asarray(x).astype(np.float64) for x in args]
+        assert_close(out, dense_softmax(np, *rounded, offsets=offsets), dtype="bfloat16")
+        assert not out[offsets[-1] :].any()
+        gradient = jax.grad(lambda *xs: cases.weighted_sum(op(*xs)), argnums=(0, 1, 2))
+        dense = cases.gradients64(lambda *xs: dense_softmax(jnp, *xs, offsets=offsets), *rounded)
+        for grad, expected in zip(jax.jit(gradient)(*args), dense, strict=True):
+            error = np.asarray(grad).astype(np.float64) - expected
+            assert np.abs(error).max() <= 0.02 * np.abs(expected).max()
+
+    @pytest.mark.parametrize("name", ["200", "1k", "4k"])
+    def test_workloads_take_cudnn(self, name):
+        workload = WORKLOADS[name]
+        arrays = [jax.device_put(array) for array in workload.arrays(0)]
+        compiled = jax.jit(workload.gradient).lower(*arrays).compile()
+        assert "__cudnn$fmhaSoftmaxBackward" in (compiled.as_text() or "")
+        wanted = workload.gradient(*arrays, backend="xla")
+        for got, want in zip(compiled(*arrays), wanted, strict=True):
+            error = np.asarray(got).astype(np.float32) - np.asarray(want).astype(np.float32)
+            assert np.abs(error).max() <= 0.03 * np.abs(np.asarray(want).astype(np.float32)).max()
