@@ -15,7 +15,7 @@ from jaxrec.ops import routing as ops
 from jaxrec.ops.expert_parallel import Exchanged, ExpertParallel, split_ffn, split_route
 from jaxrec.ops.jagged import JaggedBatch, segment_ids, valid_tokens
 from jaxrec.ops.routing import RouterStats, Routing
-from pallas_kernels import Backend, MoeMemory, MoeShape, moe_ffn, moe_memory
+from pallas_kernels import MoeMemory, MoeShape, moe_ffn, moe_memory
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,11 @@ class MoEConfig:
         return {name: getattr(self, name) for name in names}
 
     def memory(
-        self, num_tokens: int, *, itemsize: int = 4, backend: Backend = "mosaic_gpu"
+        self,
+        num_tokens: int,
+        *,
+        itemsize: int = 4,
+        backend: Literal["xla", "mosaic_gpu"] = "mosaic_gpu",
     ) -> MoeMemory:
         """Bytes that training the experts on so many tokens takes; see `MoeMemory`.
 

@@ -1,9 +1,8 @@
 """How much memory a layer's training takes, from its sizes alone."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from pallas_kernels._backend import Backend
 from pallas_kernels.moe.activation import Activation, is_gated
 from pallas_kernels.moe.api import Save, saved_bytes
 from pallas_kernels.moe.config import Fetch, MoeConfig
@@ -65,7 +64,7 @@ class MoeShape:
     itemsize: int = 2
     weight_itemsize: int | None = None
     biases: bool = False
-    backend: Backend = "mosaic_gpu"
+    backend: Literal["xla", "mosaic_gpu"] = "mosaic_gpu"
     fetch: Fetch = "gather"
 
     @property
