@@ -8,17 +8,25 @@ from jaxtyping import Bool, Int
 
 
 def checked_offsets(
-    op: str, seq_offsets: Int[jax.Array | np.ndarray, "B1"], *, num_tokens: int, max_len: int
+    op: str,
+    seq_offsets: Int[jax.Array | np.ndarray, "B1"],
+    *,
+    num_tokens: int,
+    max_len: int,
+    start_multiple: int = 1,
 ) -> tuple[Int[jax.Array, "B1"], Bool[jax.Array, ""] | bool]:
     """The offsets, and whether they are sound; all 0, so that nothing is read, if they are not.
 
     Raises:
       ValueError: outside of `jax.jit`, where values are known: they do not begin at 0, decrease,
-        end behind `num_tokens`, or a sequence is longer than `max_len`.
+        end behind `num_tokens`, a sequence is longer than `max_len`, or one starts elsewhere than
+        at the multiples that were promised.
     """
     offsets = jnp.asarray(seq_offsets)
     if not isinstance(offsets, Tracer):
-        if problem := offsets_problem(np.asarray(seq_offsets), num_tokens, max_len):
+        known = np.asarray(seq_offsets)
+        problem = offsets_problem(known, num_tokens, max_len) or unaligned(known, start_multiple)
+        if problem:
             raise ValueError(f"{op}: {problem}")
         return offsets, True
     lengths = jnp.diff(offsets)
@@ -49,3 +57,16 @@ def offsets_problem(offsets: np.ndarray, num_tokens: int, max_len: int) -> str |
             "keep the sequence's last tokens"
         )
     return None
+
+
+def unaligned(offsets: np.ndarray, start_multiple: int) -> str | None:
+    """Which sequence does not start at a multiple of so many slots, if one does not."""
+    astray = offsets[:-1] % start_multiple
+    if not astray.any():
+        return None
+    n = int(np.argmax(astray > 0))
+    return (
+        f"sequence {n} starts at slot {offsets[n]}, and aligned sequences start at multiples of "
+        f"{start_multiple}: have lengths that are multiples too, or leave aligned=True out, and "
+        "copies are aligned"
+    )

@@ -11,7 +11,7 @@ from pallas_kernels._backend import Backend, resolve
 from pallas_kernels._sequences import checked_offsets
 from pallas_kernels.hstu_attention.config import HstuConfig, kernel_problem
 from pallas_kernels.hstu_attention.ref import Masking, hstu_attention_ref
-from pallas_kernels.hstu_attention.tiles import Mask
+from pallas_kernels.hstu_attention.tiles import ROW_MULTIPLE, Mask
 
 
 def hstu_attention(
@@ -70,8 +70,8 @@ def hstu_attention(
     Raises:
       ValueError: max_len < 1, a negative length, one of timestamps and time_bias without the other;
         `BackendError` for a named backend that cannot run this call. Offsets that do not begin at
-        0, decrease, end behind the slots or make a sequence longer than max_len; inside `jax.jit`,
-        where values are unknown, the whole result is NaN instead.
+        0, decrease, end behind the slots, make a sequence longer than max_len or break the promise
+        of `HstuConfig.aligned`; inside `jax.jit`, where values are unknown, the result is NaN.
 
     Gradient: of q, k, v, attn_scale and the biases; deterministic on the kernels.
     Cost: the kernels compute tiles of 64 × 64 pairs, 2·(Dqk + Dv) FLOPs a pair and head forward and
@@ -90,12 +90,17 @@ def hstu_attention(
     scale = scale[:, None, None] if scale.ndim else scale
     alpha = 1.0 if alpha is None else alpha
     mask = Mask(max_attn_len, contextual_len, min_full_attn_len)
+    config = config or HstuConfig()
     seq_offsets, sound = checked_offsets(
-        "hstu_attention", seq_offsets, num_tokens=q.shape[0], max_len=max_len
+        "hstu_attention",
+        seq_offsets,
+        num_tokens=q.shape[0],
+        max_len=max_len,
+        start_multiple=ROW_MULTIPLE if config.aligned else 1,
     )
     scale = jnp.where(sound, scale, jnp.nan)
     if chosen == "mosaic_gpu" and q.shape[0] and seq_offsets.shape[0] > 1:
-        how = _How(max_len, alpha, mask, config or HstuConfig())
+        how = _How(max_len, alpha, mask, config)
         lists = _Lists(seq_offsets, num_targets, timestamps)
         unscaled: Any = _attend(q, k, v, position_bias, time_bias, lists, how)
         return (unscaled.astype(jnp.float32) * scale).astype(v.dtype)

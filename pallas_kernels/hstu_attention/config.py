@@ -17,8 +17,8 @@ class HstuConfig:
       programs: thread blocks of each kernel; 132 is one for each multiprocessor of an H200.
       aligned: promises that every sequence starts at a multiple of 8 slots, and that the slots
         behind the last one hold finite values. The kernels then read and write q, k, v and out
-        where they are instead of in copies, but for what they read in f32. Results are NaN where a
-        sequence starts elsewhere.
+        where they are instead of in copies, but for what they read in f32. A sequence that starts
+        elsewhere is an error; inside `jax.jit` the kernels then give NaN.
     """
 
     programs: int = 132

@@ -16,6 +16,7 @@ from jax.test_util import check_grads
 
 from pallas_kernels import BackendError, hstu_attention
 from pallas_kernels._testing import assert_close
+from pallas_kernels.hstu_attention import HstuConfig
 from pallas_kernels.hstu_attention.ref import time_bucket
 
 STATIC = ("max_len", "alpha", "max_attn_len", "contextual_len", "min_full_attn_len")
@@ -305,6 +306,16 @@ def test_unsound_offsets_are_explained_or_give_nan(offsets, message):
     with pytest.raises(ValueError, match=message):
         hstu_attention(*arrays, max_len=3)
     assert np.isnan(attend(*arrays, max_len=3)).all()
+
+
+def test_a_broken_promise_of_alignment_is_explained():
+    arrays = on_device(*qkv(0, 32), cases.offsets_of([8, 16, 3]))
+    config = HstuConfig(aligned=True)
+    kept = hstu_attention(*arrays, max_len=16, config=config)
+    np.testing.assert_array_equal(kept, hstu_attention(*arrays, max_len=16))
+    arrays[3] = jnp.asarray(cases.offsets_of([8, 3, 16]))
+    with pytest.raises(ValueError, match=r"sequence 2 starts at slot 11, .* multiples of 8: have"):
+        hstu_attention(*arrays, max_len=16, config=config)
 
 
 def test_timestamps_count_by_their_distance_alone():
