@@ -33,6 +33,7 @@ import numpy as np
 
 from experiments import record, report
 from pallas_kernels import hstu_attention, softmax_attention
+from pallas_kernels._banded import sequence_rows
 from pallas_kernels._timing import Timing, time_interleaved
 
 SEED = 0
@@ -149,17 +150,13 @@ def variants(case: Case, pass_name: str) -> dict[str, Variant]:
 
 def _padded_variants(case, qkv, offsets, alpha) -> dict[str, Variant]:
     lengths = jnp.diff(offsets)
-    place = jnp.arange(case.longest)
-    slots = jnp.minimum(offsets[:-1, None] + place, case.num_tokens - 1)
-    inside = (place < lengths[:, None])[..., None, None]
-    sequence = jnp.repeat(jnp.arange(lengths.size), lengths, total_repeat_length=case.num_tokens)
-    own_place = jnp.arange(case.num_tokens) - offsets[sequence]
+    rows = sequence_rows(offsets, case.num_tokens, case.longest)
     try:
-        inputs = tuple(jnp.where(inside, x[slots], 0) for x in qkv)
+        inputs = tuple(rows.split(x) for x in qkv)
     except Exception as error:  # lengths may differ too much for the memory
         print(f"{case.name}: skipped padded sequences: {type(error).__name__}")
         return {}
-    packed = lambda x: x[sequence, own_place]  # noqa: E731
+    packed = lambda x: rows.join(x, case.num_tokens)  # noqa: E731
     found = {"padded": Variant(_dense(case, alpha), inputs, packed, "silu")}
     implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
     found["jax"] = Variant(

@@ -15,6 +15,13 @@ LENGTHS = st.lists(
     st.sampled_from([0, 1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65]), min_size=5, max_size=5
 )
 
+UNSOUND_OFFSETS = [  # of four token slots and sequences of three, and what is said of them
+    ([1, 4], "begin at 1; expected 0"),
+    ([0, 3, 2, 4], "decrease from 3 to 2 at number 2"),
+    ([0, 2, 5], "end at 5, but there are 4 token slots"),
+    ([0, 4], "sequence 0 has 4 tokens, more than max_len=3; raise max_len"),
+]
+
 
 def offsets_of(lengths) -> np.ndarray:
     return np.cumsum([0, *lengths]).astype(np.int32)
@@ -42,6 +49,12 @@ def gradients64(function: Callable, *args: np.ndarray) -> list[np.ndarray]:
 def weighted_sum(out: jax.Array) -> jax.Array:
     """A scalar whose gradient by `out` is different for every element."""
     return (out * jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)).sum()
+
+
+def assert_near(got: Any, want: np.ndarray, tolerance: float) -> None:
+    """Within a share of the largest value."""
+    got = np.asarray(got).astype(np.float64)
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max(initial=0))
 
 
 def largest_array(compiled: jax.stages.Compiled) -> int:

@@ -170,17 +170,12 @@ def test_short_and_long_sequences_together_in_float64():
         wanted = dense_value_and_gradients(
             [x[own] for x in rows], tables, d_out[own], bias["timestamps"][own], max_len
         )
-        assert_near(out[own], wanted[0], 2e-5)
+        cases.assert_near(out[own], wanted[0], 2e-5)
         for got, want in zip((q_grad, k_grad, v_grad), wanted[1:4], strict=True):
-            assert_near(got[own], want, 1e-4)
+            cases.assert_near(got[own], want, 1e-4)
         wanted_tables = [total + one for total, one in zip(wanted_tables, wanted[4:], strict=True)]
     for got, want in zip(table_grads, wanted_tables, strict=True):
-        assert_near(got, want, 1e-4)
-
-
-def assert_near(got, want, tolerance):
-    """Within a share of the largest value."""
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max(initial=0))
+        cases.assert_near(got, want, 1e-4)
 
 
 def dense_value_and_gradients(rows, tables, d_out, timestamps, max_len):
@@ -291,16 +286,7 @@ def test_errors(options, message):
         hstu_attention(*arrays, **{"max_len": 4} | options)
 
 
-@pytest.mark.parametrize(
-    ("offsets", "message"),
-    [
-        ([1, 4], "begin at 1; expected 0"),
-        ([0, 3, 2, 4], "decrease from 3 to 2 at number 2"),
-        ([0, 2, 5], "end at 5, but there are 4 token slots"),
-        ([0, 4], "sequence 0 has 4 tokens, more than max_len=3; raise max_len"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("offsets", "message"), cases.UNSOUND_OFFSETS, ids=str)
 def test_unsound_offsets_are_explained_or_give_nan(offsets, message):
     arrays = on_device(*qkv(0, 4), np.array(offsets, np.int32))
     with pytest.raises(ValueError, match=message):
